@@ -1,0 +1,169 @@
+"""The data that crosses module borders, as frozen dataclasses, in the order of the pipeline.
+
+    data → prompts → rollout → verifiers → advantages → update → metrics → checkpoint
+
+Axis words, here and in every shape of the package: `rows tokens patches windows slots units heads
+head_dim embed vocab layers groups samples boxes`. A *slot* is the place of one patch in a window; a
+*unit* is a merged square of patches, i.e. one image token. Host-side classes hold NumPy arrays;
+`Vision`, `Batch` and `TrainState` are pytrees and go to devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+# ---------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Message:
+    """One chat turn; `content` holds the literal `<image>` once per image."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How one row wants its completions judged (the row's `reward_model` field).
+
+    reward = (accuracy_ratio · accuracy + format_ratio · format) / (accuracy_ratio + format_ratio)
+    """
+
+    verifier: str
+    ground_truth: str
+    answer: str = ""
+    accuracy_ratio: float = 1.0
+    format_ratio: float = 0.0
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of the V-Triune schema; `images` stay encoded (PNG, JPEG, …) until they are needed."""
+
+    data_source: str
+    id: str
+    images: tuple[bytes, ...]
+    messages: tuple[Message, ...]
+    reward: RewardConfig
+    ability: str = ""
+    demonstration: str = ""
+    """What SFT imitates: `extra_info.demonstration`, else `reward_model.ground_truth`."""
+
+
+# ------------------------------------------------------------------------------------- prompts
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Vision:
+    """The images of a row (or of several, with leading axes), cut into windows of the ViT.
+
+    Edge windows are padded, so that the shapes are static; `segments` is 0 in the padding and counts
+    the image frames of the row from 1. Slots of one unit (2×2 patches) are neighbours.
+    """
+
+    patches: Float[Array, "*rows windows slots patch"] | np.ndarray
+    positions: Int[Array, "*rows windows slots 2"] | np.ndarray
+    """(row, column) of each patch in its image, for the rotary embedding."""
+    segments: Int[Array, "*rows windows slots"] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample as the model reads it: token ids with one placeholder per image unit."""
+
+    sample: Sample
+    ids: np.ndarray
+    """[tokens] int32"""
+    positions: np.ndarray
+    """[3, tokens] int32, the M-RoPE positions (time, height, width)."""
+    image_index: np.ndarray
+    """[tokens] int32: the place of the token's feature in the encoded units of this row, or -1."""
+    vision: Vision
+    """Without leading axes; zero windows for a prompt without images."""
+    grid_thw: np.ndarray
+    """[images, 3] int32: frames, rows and columns of patches."""
+
+
+# ------------------------------------------------------------------------------------- rollout
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was sampled for a prompt: these ids are trained on, the text is only for verifiers."""
+
+    ids: np.ndarray
+    """[tokens] int32, the stop token included when there is one."""
+    logps: np.ndarray
+    """[tokens] float32, of the sampling distribution."""
+    text: str
+    finish: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its n completions."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+
+
+# ----------------------------------------------------------------------------------- verifiers
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement of one completion. `score` and `parts` mean something only when `status` is ok."""
+
+    status: Literal["ok", "timeout", "error"]
+    score: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """`accuracy`, `format`, and what else the verifier reports (`iou_50`, `map`, …)."""
+    reason: str = ""
+
+
+# -------------------------------------------------------------------------------------- update
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Rows of static shape: a left-padded prompt slot, then a right-padded completion slot.
+
+    `tokens` = prompt slot + completion slot; the arrays over `completion` belong to its last
+    `completion` tokens. A row of padding has segment 0 and mask 0 throughout.
+    """
+
+    ids: Int[Array, "rows tokens"] | np.ndarray
+    positions: Int[Array, "rows 3 tokens"] | np.ndarray
+    segments: Int[Array, "rows tokens"] | np.ndarray
+    """0 in the padding; tokens see earlier tokens of their own segment."""
+    image_index: Int[Array, "rows tokens"] | np.ndarray
+    mask: Float[Array, "rows completion"] | np.ndarray
+    """1 where the token is trained on."""
+    advantages: Float[Array, "rows completion"] | np.ndarray
+    rollout_logps: Float[Array, "rows completion"] | np.ndarray
+    source: Int[Array, " rows"] | np.ndarray
+    """Index of the row's data source, for metrics."""
+    vision: Vision | None = None
+    """Patches, when the vision tower is trained …"""
+    features: Float[Array, "rows units embed"] | None = None
+    """… or its output, encoded once per prompt, when it is frozen."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What the update changes."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
