@@ -1,0 +1,157 @@
+"""Every key of a run, what it means, and V-Triune's value where its paper gives one.
+
+Other configs start from here and set what differs:
+
+    from configs import base
+
+    def get_config():
+        config = base.get_config()
+        config.grpo.lr = 5e-7
+        return config
+
+Any key can be set from the command line too: `--config.grpo.lr=5e-7 --config.stages=sft,grpo`, and
+pairs as Python writes them: `--config.data.train="(('digits/ocr', 2.0), ('my.parquet', 1.0))"`.
+Before anything starts, `vtriune_jax.config` compares a config with this one and reports unknown
+keys, values of another type, numbers out of range and sizes that do not divide, all at once.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+DIGITS = (
+    "digits/counting",
+    "digits/ocr",
+    "digits/arithmetic",
+    "digits/detection",
+    "digits/grounding",
+)
+"""The built-in sources."""
+
+
+def get_config() -> Any:
+    """The defaults, a ConfigDict (of type Any, so that type checkers let its keys pass).
+
+    It is not type-safe: `vtriune_jax.config` complains of all wrong values together.
+    """
+    config: dict[str, Any] = dict(
+        # Everything random is derived from this number, the step and the sample.
+        seed=0,
+        # What to run, in this order: "sft" imitates demonstrations, "grpo" learns from rewards.
+        stages=("sft", "grpo"),
+    )
+    config["model"] = dict(
+        # A checkpoint folder in the Hugging Face layout; "" builds the tiny model below.
+        path="",
+        # Of activations: "float32" or "bfloat16". Parameters and optimizer are always float32.
+        dtype="float32",
+        # Time for memory: "none" keeps all activations for the backward pass, "full" the inputs of
+        # the layers only.
+        remat="none",
+        # Sizes of the tiny model, read when path is "".
+        tiny=dict(
+            vocab_size=1024,  # tokens, special ones included; the tokenizer is trained to fit
+            hidden=128,  # width of the decoder
+            intermediate=384,  # width of its MLP
+            layers=4,
+            heads=4,  # query heads; divides hidden
+            kv_heads=2,  # key and value heads; divides heads
+            mrope_section=(4, 6, 6),  # frequencies of time, height, width: half of hidden / heads
+            tie=True,  # the output head is the transposed embedding
+            vision_hidden=64,  # width of the vision tower
+            vision_intermediate=192,  # width of its MLP
+            vision_depth=4,  # its layers
+            vision_heads=2,  # divides vision_hidden
+            window_size=56,  # pixels along a window of the local layers, a multiple of 28
+            full_attention_layers=(3,),  # layers (from 0) in which a patch sees its whole image
+        ),
+    )
+    config["data"] = dict(
+        # (source, weight) pairs: rows are drawn in proportion to the weights. A source is a parquet
+        # file, a folder or glob of them, a Hugging Face data set, or built in (digits/…).
+        train=tuple((source, 1.0) for source in DIGITS),
+        # Sources whose held-out rows are scored before and after GRPO.
+        heldout=DIGITS,
+        # Images with less or more pixels are resized, before the checkpoint's own processor.
+        min_pixels=512 * 512,
+        max_pixels=2048 * 2048,
+        # Append a random request for reasoning to prompts whose verifier is mathverify.
+        cot_prompts=True,
+        # A row that cannot be read: "error" stops the run, "skip" counts it and goes on.
+        on_bad_row="error",
+        # Folder in which the built-in sources are written as parquet; ~ is the home directory.
+        cache="~/.cache/vtriune_jax/data",
+    )
+    config["batch"] = dict(
+        # Tokens of a row's prompt slot, image tokens included.
+        prompt_tokens=8192,
+        # Tokens of a row's completion slot; longer completions are cut and count as truncated.
+        completion_tokens=2048,
+        # Windows of the vision tower per row: ⌈h/112⌉·⌈w/112⌉ for an image of h×w pixels, if the
+        # window size is 112 (as in the released models).
+        windows=400,
+        # An update goes through its rows in this many pieces, to save memory; same result.
+        micro_batches=1,
+    )
+    config["sft"] = dict(
+        steps=100,  # updates
+        prompts=32,  # rows per update
+        lr=1e-5,  # learning rate after the warm-up, constant
+        warmup_steps=5,  # updates over which it rises linearly
+        weight_decay=0.01,
+        betas=(0.9, 0.999),  # of AdamW
+        grad_clip=1.0,  # largest global norm of the gradient
+        freeze=(),  # regular expressions, searched in parameter paths; what matches stays as it is
+    )
+    config["grpo"] = dict(
+        steps=138,  # rollout batches (V-Triune: 3 epochs of 46)
+        prompts=1024,  # prompts per step
+        samples=8,  # completions per prompt: the group in which advantages are normalised
+        minibatches=1,  # updates per step; 1 is on-policy (V-Triune off-policy: 8, at lr 5e-7)
+        lr=1e-6,
+        warmup_steps=7,
+        weight_decay=0.01,
+        betas=(0.9, 0.999),
+        grad_clip=1.0,
+        freeze=("^visual/",),  # the vision tower and its merger: training them is unstable
+        clip_low=0.2,  # the probability ratio is clipped below 1 - clip_low …
+        clip_high=0.28,  # … and above 1 + clip_high
+        temperature=1.0,  # of sampling
+        top_p=1.0,  # sample from the fewest tokens that have this probability; 1.0 is off
+        top_k=0,  # sample from this many best tokens; 0 is off
+    )
+    # Devices along each axis of the mesh; one of the three may be -1, "the rest".
+    config["mesh"] = dict(
+        data=1,  # copies of the parameters
+        fsdp=-1,  # parts that parameters, optimizer state and rows are cut into
+        tensor=1,  # parts that matrix products are cut into
+    )
+    config["rollout"] = dict(
+        # Steps that generation runs ahead of training: 0 is on-policy, 1 overlaps the two.
+        ahead=0,
+    )
+    config["verifiers"] = dict(
+        # "server": an HTTP service, asked asynchronously; "in_process": a function call.
+        mode="server",
+        # Servers that run already, as ("http://host:port",); () starts one on this machine.
+        addresses=(),
+        workers=2,  # processes that judge, of the server that is started or of "in_process"
+        timeout_seconds=30.0,  # per completion; a late one is masked, never scored 0
+    )
+    config["eval"] = dict(
+        rows_per_source=64,  # held-out rows that are scored; 0 leaves the evaluation out
+        batch=64,  # prompts that are completed together
+        temperature=0.0,  # of sampling; 0.0 is greedy
+        # IoU that boxes must reach in evaluations, fixed so that before and after compare; in
+        # training it rises with progress: 0.85, 0.95, 0.99.
+        iou_threshold=0.5,
+    )
+    config["checkpoint"] = dict(
+        every=5,  # steps; the last one of a stage is saved in any case
+        keep=2,  # so many of the newest stay on disk
+    )
+    config["log"] = dict(
+        every=1,  # steps between two lines of progress; metrics.jsonl gets every step
+        samples=2,  # held-out samples per source that are drawn in the report
+    )
+    return ConfigDict(config, type_safe=False)

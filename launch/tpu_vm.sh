@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# Creates a Cloud TPU VM, sets it up, trains, copies the results to a bucket and deletes the VM.
+#
+#   launch/tpu_vm.sh --name=NAME --zone=ZONE --type=TYPE --workdir=gs://BUCKET/FOLDER
+#                    [--project=PROJECT] [--config=FILE] [--version=RUNTIME] [--spot] [--keep]
+#                    [--dry-run] [-- FLAGS OF vtriune_jax.main …]
+#
+#   --name      of the VM; one that exists already is used
+#   --zone      for example us-east5-b
+#   --type      accelerator type; of a single host for now, such as v6e-8 or v5litepod-8
+#   --workdir   home of the run: fetched before training, which continues it, and written back
+#               afterwards, whichever way training ended
+#   --project   of Google Cloud; gcloud's own setting by default
+#   --config    a file of this repository; configs/quickstart.py by default
+#   --version   runtime of the VM; v2-alpha-tpuv6e by default, v2-alpha-tpuv5-lite for v5litepod
+#   --spot      a cheaper VM that may be taken away, with what was not written back
+#   --keep      leave the VM running (and costing); it is also kept if nothing could be written back
+#   --dry-run   print the commands and run none
+#
+# Example:
+#
+#   launch/tpu_vm.sh --name=triune --zone=us-east5-b --type=v6e-8 --workdir=gs://mine/runs/first \
+#     -- --config.grpo.steps=100
+#
+# Needs gcloud, signed in. Sends the last commit. Interrupted, the same command continues.
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+name='' zone='' type='' workdir='' project=''
+config=configs/quickstart.py version=v2-alpha-tpuv6e
+spot=false keep=false dry_run=false
+
+while (($#)); do
+  case $1 in
+    --name=* | --zone=* | --type=* | --workdir=* | --project=* | --config=* | --version=*)
+      flag=${1%%=*}
+      printf -v "${flag#--}" %s "${1#*=}"
+      ;;
+    --spot) spot=true ;;
+    --keep) keep=true ;;
+    --dry-run) dry_run=true ;;
+    --help | -h)
+      sed -n '2,/^set /s/^# \{0,1\}//p' launch/tpu_vm.sh
+      exit
+      ;;
+    --)
+      shift
+      break
+      ;;
+    *) fail "$1 is no flag of launch/tpu_vm.sh (--help lists them); flags of the training follow --" ;;
+  esac
+  shift
+done
+for flag in name zone type workdir; do
+  [[ ${!flag} ]] || fail "--$flag=… is missing; --help says what it is"
+done
+[[ $workdir == gs://?*/?* ]] || fail "--workdir=$workdir is not gs://BUCKET/FOLDER, but the VM goes away"
+[[ -f $config ]] || fail "there is no config file $config in this repository"
+
+# quote WORD …: the words as a shell reads them back.
+quote() {
+  local word escaped="'\\''"
+  for word in "$@"; do
+    if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then
+      printf '%s ' "$word"
+    else
+      printf "'%s' " "${word//\'/$escaped}"
+    fi
+  done
+}
+
+# run COMMAND …: runs it, or only prints it.
+run() {
+  printf '%s\n' "$(quote "$@")"
+  $dry_run || "$@"
+}
+
+place=("--zone=$zone" ${project:+"--project=$project"})
+tpu() { run gcloud compute tpus tpu-vm "$@"; }
+
+# on_vm SCRIPT: runs it in the repository on every worker of the VM.
+on_vm() {
+  tpu ssh "$name" "${place[@]}" --worker=all \
+    "--command=set -euo pipefail; mkdir -p vtriune_jax; cd vtriune_jax; $1"
+}
+
+exists() {
+  ! $dry_run && gcloud compute tpus tpu-vm describe "$name" "${place[@]}" >/dev/null 2>&1
+}
+
+finish() {
+  local status=$?
+  trap - EXIT
+  if ! on_vm "if [[ -d $there ]]; then gcloud storage rsync --recursive $there $home; fi"; then
+    printf 'error: nothing was written to %s, so the VM %s stays\n' "$workdir" "$name" >&2
+    keep=true
+  fi
+  $keep || tpu delete "$name" "${place[@]}" --quiet
+  exit "$status"
+}
+
+home=$(quote "$workdir")
+there=$(quote "runs/${workdir#gs://}")
+train=$(quote "--config=$config" "--workdir=runs/${workdir#gs://}" "$@")
+archive=${TMPDIR:-/tmp}/vtriune_jax-$name.tar.gz
+
+create=(create "$name" "${place[@]}" "--accelerator-type=$type" "--version=$version")
+if $spot; then create+=(--spot); fi
+exists || tpu "${create[@]}"
+trap finish EXIT
+
+run git archive --format=tar.gz "--output=$archive" HEAD
+tpu scp "$archive" "$name:vtriune_jax.tar.gz" "${place[@]}" --worker=all
+on_vm 'tar -xzf ../vtriune_jax.tar.gz'
+on_vm "sudo apt-get -q update
+sudo apt-get -qy install python3.12-venv || sudo apt-get -qy install python3.11-venv
+source launch/setup.sh
+set_up requirements.txt
+.venv/bin/python -m pip install --quiet 'jax[tpu]'"
+on_vm "mkdir -p $there
+if gcloud storage ls $home >/dev/null 2>&1; then gcloud storage rsync --recursive $home $there; fi"
+on_vm "exec .venv/bin/python -m vtriune_jax.main $train"

@@ -1,0 +1,73 @@
+"""One update in many layouts on eight devices; run by update_layouts_test.py, prints JSON.
+
+XLA_FLAGS=--xla_force_host_platform_device_count=8 PYTHONPATH=tests/rl python update_layouts.py
+"""
+
+import json
+
+import jax
+import numpy as np
+from tiny_update import SFT, build, make_batch
+
+from vtriune_jax import sharding
+
+LAYOUTS = {
+    "one device": ((1, 1, 1), 1),
+    "8,1,1": ((8, 1, 1), 1),
+    "1,8,1": ((1, 8, 1), 1),
+    "2,2,2": ((2, 2, 2), 1),
+    "1,4,2": ((1, 4, 2), 1),
+    "2 micro-batches": ((1, 1, 1), 2),
+    "4 micro-batches": ((1, 1, 1), 4),
+    "2,2,2 and 2 micro-batches": ((2, 2, 2), 2),
+}
+
+
+def run(mesh, micro_batches, batch, **options):
+    """State and sums after one update, on the host, and what of the state was left behind."""
+    update, state, *_ = build(mesh, micro_batches=micro_batches, **options)
+    after, sums = update(state, sharding.shard_rows(batch, mesh))
+    kept = sum(not leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    cut = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(after.params))
+    return jax.device_get({"state": after, "sums": sums}), kept, cut
+
+
+def differences(got, want) -> dict[str, float]:
+    """Relative difference of every array, by its norm."""
+    pairs = zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True)
+    return {
+        jax.tree_util.keystr(path): float(
+            np.linalg.norm(np.subtract(a, b)) / max(np.linalg.norm(b), 1e-30)
+        )
+        for (path, a), b in pairs
+    }
+
+
+def mesh_of(sizes):
+    """A mesh over as many of the eight devices as it needs."""
+    return sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+
+
+def main() -> None:
+    """Compare every layout with the first."""
+    report = {}
+    for kind, batch, options in (
+        ("grpo", make_batch(), {}),
+        ("sft", make_batch(vision=True), {"loss": SFT, "freeze": ()}),
+    ):
+        names = LAYOUTS if kind == "grpo" else ("one device", "2,2,2 and 2 micro-batches")
+        want = None
+        for name in names:
+            sizes, micro_batches = LAYOUTS[name]
+            got, kept, cut = run(mesh_of(sizes), micro_batches, batch, **options)
+            want = want or got
+            report[f"{kind}: {name}"] = {
+                "differences": differences(got, want),
+                "kept": kept,
+                "cut": cut,
+            }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The layout of the update (mesh, micro-batches) never changes its result."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def report():
+    """Eight devices need their own process: their number is fixed when jax starts."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is what takes the time
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent / "rl")]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", HERE / "update_layouts.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_loss_and_state_are_those_of_one_device(report):
+    assert len(report) == 10
+    worst = {
+        name: max(entry["differences"].items(), key=lambda item: item[1])
+        for name, entry in report.items()
+    }
+    assert all(value <= 1e-5 for _, value in worst.values()), worst
+
+
+def test_every_layout_donates_its_state(report):
+    assert {name: entry["kept"] for name, entry in report.items()} == dict.fromkeys(report, 0)
+
+
+def test_parameters_are_really_cut(report):
+    cut = {name: entry["cut"] for name, entry in report.items()}
+    assert cut["grpo: one device"] == cut["grpo: 8,1,1"] == 0
+    assert min(cut["grpo: 1,8,1"], cut["grpo: 2,2,2"]) >= 10

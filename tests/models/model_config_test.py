@@ -1,0 +1,59 @@
+"""Reading, writing and checking the model's config."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from vtriune_jax.errors import UserError
+from vtriune_jax.models import ModelConfig
+
+
+def test_round_trip(config):
+    changed = replace(config, text=replace(config.text, eos_token_id=(3, 4), pad_token_id=3))
+    assert ModelConfig.from_hf(changed.to_hf_dict()) == changed
+    other = ModelConfig.from_hf(changed.to_hf_dict(), dtype="bfloat16", remat="full")
+    assert other == replace(changed, dtype="bfloat16", remat="full")
+
+
+def test_a_missing_key_is_named(config):
+    hf = config.to_hf_dict()
+    del hf["vision_config"]["num_heads"]
+    with pytest.raises(UserError, match="no 'num_heads'"):
+        ModelConfig.from_hf(hf)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("text_config", {"use_sliding_window": True}, "use_sliding_window"),
+        ("text_config", {"hidden_act": "gelu"}, "text_config.hidden_act='gelu'"),
+        ("text_config", {"num_key_value_heads": 3}, "kv heads 3 do not divide the heads 4"),
+        ("text_config", {"hidden_size": 36}, "mrope_section (2, 1, 1)"),
+        (
+            "text_config",
+            {"rope_parameters": {"rope_type": "yarn", "mrope_section": [2, 1, 1]}},
+            "rope type 'yarn'",
+        ),
+        (
+            "vision_config",
+            {"out_hidden_size": 33},
+            "output width 33 differs from the text width 32",
+        ),
+        ("vision_config", {"window_size": 9}, "window_size 9"),
+        ("vision_config", {"fullatt_block_indexes": [4]}, "full-attention layers (4,)"),
+        ("vision_config", {"num_heads": 3}, "vision heads 3"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(config, section, changes, message):
+    hf = config.to_hf_dict()
+    hf[section] |= changes
+    with pytest.raises(UserError, match=re.escape(message)):
+        ModelConfig.from_hf(hf)
+
+
+def test_unknown_words(config):
+    with pytest.raises(UserError, match="remat='some'"):
+        replace(config, remat="some")
+    with pytest.raises(UserError, match="dtype='int8'"):
+        replace(config, dtype="int8")

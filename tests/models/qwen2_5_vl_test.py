@@ -1,0 +1,178 @@
+"""The model without an oracle: packing, padding, text only, remat, precision, names, shapes."""
+
+import re
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vtriune_jax import models
+from vtriune_jax.errors import UserError
+from vtriune_jax.models import layout, vision, weights
+
+GRIDS = np.array([[1, 4, 6], [1, 2, 2]])
+
+
+@pytest.fixture(scope="module")
+def inputs(config):
+    """One row with two images, as the model's own arguments."""
+    rng = np.random.default_rng(0)
+    ids = np.array([5, 38, *[36] * 6, 39, 7, 38, 36, 39, 8, 9], np.int32)
+    patches = rng.normal(size=(28, config.vision.patch))
+    row, unit_index = layout.pack_vision(patches, GRIDS, config)
+    return {
+        "ids": ids,
+        "positions": layout.mrope_positions(ids, GRIDS, config),
+        "vision": layout.stack_visions([row], windows=7),
+        "image_index": layout.image_index(ids, unit_index, config),
+    }
+
+
+def run(model, rows, vision):
+    """Hidden states of rows of (ids, positions, segments, image_index)."""
+    graphdef, params = models.split(model)
+    columns = [np.stack(column).astype(np.int32) for column in zip(*rows, strict=True)]
+    return hidden_states(graphdef, params, vision, *columns)
+
+
+@partial(jax.jit, static_argnums=0)
+def hidden_states(graphdef, params, vision, ids, positions, segments, image_index):
+    model = models.merge(graphdef, params)
+    return model(ids, positions, segments, model.encode(vision), image_index)
+
+
+def test_packing_and_padding_change_nothing(model, inputs):
+    ids, positions, index = inputs["ids"], inputs["positions"], inputs["image_index"]
+    text = np.array([1, 2, 3], np.int32)
+    text_positions = np.tile(np.arange(3, dtype=np.int32), (3, 1))
+
+    def pad(array, before, value=0):
+        return np.pad(array, [(0, 0)] * (array.ndim - 1) + [before], constant_values=value)
+
+    alone = (
+        pad(ids, (5, 0)),
+        pad(positions, (5, 0)),
+        pad(1 + 0 * ids, (5, 0)),
+        pad(index, (5, 0), -1),
+    )
+    packed = (
+        pad(np.concatenate([text, ids]), (0, 2)),
+        pad(np.concatenate([text_positions, positions], axis=1), (0, 2)),
+        pad(np.array([1] * 3 + [2] * len(ids)), (0, 2)),
+        pad(np.concatenate([[-1] * 3, index]), (0, 2), -1),
+    )
+    both = jax.tree.map(lambda a: np.concatenate([a, a]), inputs["vision"])
+    hidden = run(model, [alone, packed], both)
+    assert np.isfinite(hidden).all()
+    np.testing.assert_allclose(hidden[0, 5:], hidden[1, 3 : 3 + len(ids)], atol=1e-5)
+
+
+def test_text_only(model, config):
+    rows = [(np.array([1, 2, 3]), np.tile(np.arange(3), (3, 1)), np.ones(3, int), np.full(3, -1))]
+    empty = np.zeros((0, config.vision.patch))
+    nothing = layout.stack_visions([layout.pack_vision(empty, GRIDS[:0], config)[0]], windows=0)
+    padding = layout.stack_visions([layout.pack_vision(empty, GRIDS[:0], config)[0]], windows=2)
+    without, padded = run(model, rows, nothing), run(model, rows, padding)
+    assert np.isfinite(padded).all()
+    np.testing.assert_array_equal(without, padded)
+    graphdef, params = models.split(model)
+    columns = (jnp.asarray(column)[None] for column in rows[0][:3])
+    alone = jax.jit(lambda params: models.merge(graphdef, params)(*columns))(params)
+    np.testing.assert_allclose(alone, without, atol=1e-6)
+
+
+def test_remat_changes_nothing_and_every_parameter_learns(config, model, inputs):
+    def value_and_grad(remat):
+        graphdef, _ = models.abstract(replace(config, remat=remat))
+
+        @jax.jit
+        @jax.value_and_grad
+        def loss(params):
+            model = models.merge(graphdef, params)
+            columns = ("ids", "positions", "image_index")
+            ids, positions, index = (jnp.asarray(inputs[name])[None] for name in columns)
+            features = model.encode(inputs["vision"])
+            hidden = model(ids, positions, jnp.ones_like(ids), features, index)
+            return jnp.mean(jax.nn.logsumexp(5 * hidden @ model.head(), axis=-1))
+
+        return loss(models.split(model)[1])
+
+    plain, full = value_and_grad("none"), value_and_grad("full")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, full)
+    for path, gradient in weights.flatten(plain[1]).items():
+        assert np.abs(gradient).max() > 0, path
+
+
+def test_bfloat16_stays_close(config, model, inputs):
+    graphdef, _ = models.abstract(replace(config, dtype="bfloat16"))
+    half = models.merge(graphdef, models.split(model)[1])
+    row = [(inputs["ids"], inputs["positions"], np.ones(15, int), inputs["image_index"])]
+    exact, rough = run(model, row, inputs["vision"]), run(half, row, inputs["vision"])
+    assert rough.dtype == jnp.bfloat16
+    assert 0 < np.abs(exact - rough.astype(jnp.float32)).max() < 0.1
+
+
+def test_windowed_layers_never_look_over_the_whole_row(config, inputs):
+    """Only a full-attention layer may hold a [tokens, tokens] array."""
+    patches = inputs["vision"].patches
+
+    def attention_sizes(full_attention):
+        changed = replace(config, vision=replace(config.vision, full_attention=full_attention))
+        graphdef, params = models.abstract(changed)
+        jaxpr = jax.make_jaxpr(
+            lambda params: models.merge(graphdef, params).encode(inputs["vision"])
+        )
+        return {int(side) for side in re.findall(r"(\d+),\1\]", str(jaxpr(params)))}
+
+    _, windows, slots, _ = patches.shape
+    assert windows * slots in attention_sizes((1, 3))
+    assert windows * slots not in attention_sizes(())
+    assert slots in attention_sizes(())
+
+
+@pytest.mark.parametrize(
+    ("depth", "full", "expected"),
+    [
+        (32, (7, 15, 23, 31), (4, ((False, 7), (True, 1)))),
+        (4, (), (4, ((False, 1),))),
+        (3, (1,), (1, ((False, 1), (True, 1), (False, 1)))),
+    ],
+)
+def test_runs_of_equal_layers(config, depth, full, expected):
+    changed = replace(config.vision, depth=depth, full_attention=full)
+    assert vision.attention_runs(changed) == expected
+
+
+def test_init_depends_on_the_seed_alone(config, model):
+    params, again = models.split(model)[1], models.split(models.init(config, seed=0))[1]
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    for path, value in weights.flatten(params).items():
+        name = path.rsplit("/", 1)[1]
+        if name in ("kernel", "embedding"):
+            assert 0.015 < value.std() < 0.025, path
+        else:
+            assert (value == (name == "scale")).all(), path
+    first, second = params["language"]["layers"]["mlp"]["up"]["kernel"]
+    assert not np.allclose(first, second)
+
+
+def test_every_parameter_has_one_line_in_the_weights_table(config, model):
+    for tied in (False, True):
+        _, shapes = models.abstract(replace(config, tied=tied))
+        for path in weights.flatten(shapes):
+            assert sum(bool(re.fullmatch(line[0], path)) for line in weights.TABLE) == 1, path
+
+
+def test_forward_names_the_mismatch(model, config):
+    inputs = {
+        "input_ids": [[1, 36, 36]],
+        "pixel_values": np.zeros((4, config.vision.patch)),
+        "image_grid_thw": [[1, 2, 2]],
+    }
+    with pytest.raises(UserError, match="2 image tokens but 1 image features"):
+        models.forward(model, inputs)
+    with pytest.raises(UserError, match="1 image tokens but 0 image features"):
+        models.forward(model, {"input_ids": [[1, 36, 3]]})

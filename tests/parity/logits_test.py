@@ -1,0 +1,56 @@
+"""The model against transformers: logits, image features, positions."""
+
+import numpy as np
+import pytest
+
+from vtriune_jax import models
+from vtriune_jax.models import layout
+
+TOLERANCE = 2e-4
+
+BATCH = [((1, 6, 10),), (), ((1, 8, 8), (1, 18, 10)), ((2, 4, 6), (1, 2, 2))]
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_batch(oracle, padding):
+    """Text, one image, two images of different sizes (no multiple of the window), frames."""
+    assert_same_logits(oracle, oracle.inputs(BATCH, padding))
+
+
+@pytest.mark.parametrize("images", BATCH[:3], ids=["one image", "text", "two images"])
+def test_one_row(talkative, images):
+    """Unpadded, text without the image keys."""
+    assert_same_logits(talkative, talkative.inputs([images]))
+
+
+def assert_same_logits(oracle, inputs):
+    real = inputs["attention_mask"].astype(bool)
+    expected = oracle.logits(inputs)[real]
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(
+        models.forward(oracle.model, inputs)[real], expected, rtol=0, atol=TOLERANCE
+    )
+
+
+def test_features(oracle):
+    inputs = oracle.inputs(BATCH[2:])
+    vision, unit_index = layout.pack_vision(
+        inputs["pixel_values"], inputs["image_grid_thw"], oracle.model.config
+    )
+    graphdef, params = models.split(oracle.model)
+    stacked = layout.stack_visions([vision], windows=len(vision.segments) + 3)
+    features = models.encode(graphdef, params, stacked)[0, unit_index]
+    expected = oracle.features(inputs)
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(features, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_positions(oracle):
+    inputs = oracle.inputs(BATCH)
+    expected = oracle.positions(inputs)
+    grids = iter(inputs["image_grid_thw"])
+    for row, images in enumerate(BATCH):
+        real = inputs["attention_mask"][row].astype(bool)
+        own = np.array([next(grids) for _ in images], int).reshape(-1, 3)
+        ours = layout.mrope_positions(inputs["input_ids"][row, real], own, oracle.model.config)
+        np.testing.assert_array_equal(ours, expected[:, row, real])

@@ -1,0 +1,163 @@
+"""Config → the parts a run is made of: model, data, engine, verifiers, mesh."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vtriune_jax import models, sharding
+from vtriune_jax.data import digits
+from vtriune_jax.data.mixture import Mixture
+from vtriune_jax.data.packing import Slots
+from vtriune_jax.data.prompts import Prompter
+from vtriune_jax.data.sources import Source, load
+from vtriune_jax.data.tokenizer import load_processor
+from vtriune_jax.errors import UserError
+from vtriune_jax.models.config import ModelConfig
+from vtriune_jax.rollout.local import LocalEngine
+from vtriune_jax.tiny import ensure_tiny
+from vtriune_jax.types import Prompt, Sample
+from vtriune_jax.verifiers import known_verifiers
+from vtriune_jax.verifiers.client import InProcess, VerifierClient, VerifierServer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What `train.run` works with; nothing here changes during a run but the verifiers' state."""
+
+    config: ConfigDict
+    mesh: Mesh
+    model_config: ModelConfig
+    checkpoint_path: Path
+    """The checkpoint folder the run started from."""
+    graphdef: nnx.GraphDef
+    params: Any
+    """The parameters of that checkpoint."""
+    prompter: Prompter
+    slots: Slots
+    train: tuple[tuple[Source, float], ...]
+    heldout: tuple[Sample, ...]
+    sources: tuple[str, ...]
+    """All data source names, sorted: the order of per-source sums."""
+    engine: LocalEngine
+    verifiers: VerifierClient | InProcess
+
+    @property
+    def source_index(self) -> dict[str, int]:
+        """Place of each data source in per-source sums."""
+        return {name: i for i, name in enumerate(self.sources)}
+
+    def mixture(self, stage: int) -> Mixture:
+        """The endless order of training samples of a stage."""
+        return Mixture(self.train, seed=self.config.seed + stage)
+
+    def prompt(self, sample: Sample, epoch: int = 0) -> Prompt:
+        """The sample as the model reads it."""
+        return self.prompter(sample, epoch)
+
+
+@contextlib.contextmanager
+def assemble(config: ConfigDict, workdir: Path) -> Iterator[Parts]:
+    """Build everything; on exit, stop what was started (the verifier server).
+
+    Raises:
+      UserError: whatever is wrong with the config, the checkpoint or the data.
+    """
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{jax.process_count()} processes: a run over several hosts is not supported yet; "
+            "use a single-host slice (for example v6e-8) or one GPU machine"
+        )
+    mesh = sharding.make_mesh(**config.mesh)
+    train = tuple((_load(config, name, "train"), float(w)) for name, w in config.data.train)
+    heldout = _heldout(config)
+    path = _checkpoint_path(config, workdir)
+    model = models.load_pretrained(path, dtype=config.model.dtype, remat=config.model.remat)
+    graphdef, params = models.split(model)
+    prompter = Prompter(
+        load_processor(path),
+        model.config,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+        cot=config.data.cot_prompts,
+        seed=config.seed,
+    )
+    names = {s.data_source for source, _ in train for s in source} | {
+        s.data_source for s in heldout
+    }
+    with _verifiers(config) as verifiers:
+        yield Parts(
+            config=config,
+            mesh=mesh,
+            model_config=model.config,
+            checkpoint_path=path,
+            graphdef=graphdef,
+            params=params,
+            prompter=prompter,
+            slots=Slots(
+                prompt_tokens=config.batch.prompt_tokens,
+                completion_tokens=config.batch.completion_tokens,
+                windows=config.batch.windows,
+                pad_id=prompter.pad_id,
+                banned_ids=frozenset(prompter.banned_ids),
+            ),
+            train=train,
+            heldout=heldout,
+            sources=tuple(sorted(names)),
+            engine=LocalEngine(
+                graphdef,
+                stop_ids=prompter.stop_ids,
+                banned_ids=prompter.banned_ids,
+                pad_id=prompter.pad_id,
+                decode_text=prompter.decode,
+            ),
+            verifiers=verifiers,
+        )
+
+
+def _load(config: ConfigDict, name: str, split: Any) -> Source:
+    source = load(
+        name,
+        split,
+        cache=Path(config.data.cache).expanduser(),
+        on_bad_row=config.data.on_bad_row,
+        known_verifiers=known_verifiers(),
+    )
+    if source.skipped:
+        print(f"{name}: {source.skipped} bad rows skipped, the first: {source.first_fault}")
+    return source
+
+
+def _heldout(config: ConfigDict) -> tuple[Sample, ...]:
+    sources = [_load(config, name, "heldout") for name in config.data.heldout]
+    return tuple(sample for source in sources for sample in source[: config.eval.rows_per_source])
+
+
+def _checkpoint_path(config: ConfigDict, workdir: Path) -> Path:
+    if config.model.path:
+        return Path(config.model.path).expanduser()
+    return ensure_tiny(workdir / "model", config.model.tiny, digits.texts(), config.seed)
+
+
+@contextlib.contextmanager
+def _verifiers(config: ConfigDict) -> Iterator[VerifierClient | InProcess]:
+    """The verifiers of the config: in this process, at given addresses, or a server of our own."""
+    with contextlib.ExitStack() as stack:
+        if config.verifiers.mode == "in_process":
+            yield stack.enter_context(InProcess(workers=config.verifiers.workers))
+            return
+        addresses = tuple(config.verifiers.addresses)
+        if not addresses:
+            server = stack.enter_context(VerifierServer(workers=config.verifiers.workers))
+            addresses = (server.address,)
+        yield stack.enter_context(
+            VerifierClient(addresses, timeout=config.verifiers.timeout_seconds)
+        )

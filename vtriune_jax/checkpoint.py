@@ -1,0 +1,192 @@
+"""Checkpoints with Orbax: the state and whatever else a run needs to go on, one directory a step.
+
+    <directory>/<step>/state   parameters, optimizer and step counter
+    <directory>/<step>/extra   JSON: data order, stage, progress, …, and the shapes in `state`
+
+A step directory gets its final name when it is complete, so a kill in mid-save leaves only a
+temporary directory, which the next start ignores and removes. Saving goes on in the background.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from vtriune_jax.errors import UserError
+from vtriune_jax.types import TrainState
+from vtriune_jax.writers import no_space, writing
+
+
+class Checkpointer:
+    """Saves every `every` steps, keeps the newest `keep`, restores the newest that can be read."""
+
+    def __init__(self, directory: str | os.PathLike[str], every: int, keep: int):
+        self._directory = Path(directory).absolute()
+        self._every = every
+        with writing(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+                ),
+            )
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def maybe(self, step: int, state: TrainState, extra: Mapping[str, Any]) -> None:
+        """Saves if it is time to."""
+        if step % self._every == 0:
+            self.save(step, state, extra)
+
+    def save(self, step: int, state: TrainState, extra: Mapping[str, Any]) -> None:
+        """Starts to save `state` and `extra` (what JSON can say); a step is saved only once.
+
+        The caller may donate or change both as soon as this returns: on accelerators Orbax has
+        copied the arrays to the host by then; on CPUs it reads them in place, and JAX does not give
+        away a buffer while it is being read. An error of an earlier save shows here, too.
+        """
+        if step in self._manager.all_steps():
+            return
+        record = {"layout": layout(state), "extra": json.loads(json.dumps(extra))}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(record)
+        )
+        with self._disk_space():
+            self._check_space(state)
+            self._manager.save(step, args=args)
+
+    def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest readable checkpoint, as (state, extra); None when there is none at all.
+
+        `abstract_state` gives shapes, dtypes and shardings (`jax.ShapeDtypeStruct`s or arrays). A
+        newer checkpoint that cannot be read is renamed to `unreadable-<step>-…`, with a warning.
+
+        Raises:
+          UserError: the checkpoint is of another model or optimizer, or none can be read.
+        """
+        target = jax.tree.map(_abstract, abstract_state)
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        faults: dict[int, Exception] = {}
+        for step in steps:
+            try:
+                restored = self._read(step, target)
+            except UserError:
+                raise
+            except Exception as error:  # what Orbax raises for an unreadable array is no narrower
+                if type(error) is not Exception and not isinstance(error, _UNREADABLE):
+                    raise
+                faults[step] = error
+                continue
+            self._set_aside(faults, step)
+            return restored
+        if steps:
+            raise UserError(
+                f"no checkpoint in {self._directory} can be read (steps {sorted(steps)}; newest: "
+                f"{_line(faults[steps[0]])}); bring back a copy, or start over in another --workdir"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Returns when everything saved so far is complete on disk."""
+        with self._disk_space():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then ends Orbax's threads."""
+        with self._disk_space():
+            self._manager.close()
+
+    def _read(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        args = ocp.args.Composite(extra=ocp.args.JsonRestore())
+        record = self._manager.restore(step, args=args)["extra"]
+        self._check_layout(step, record["layout"], layout(target))
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        return self._manager.restore(step, args=args)["state"], record["extra"]
+
+    def _check_layout(self, step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
+        names = sorted(saved.keys() | wanted.keys())
+        differing = [name for name in names if saved.get(name) != wanted.get(name)]
+        if differing:
+            name = differing[0]
+            raise UserError(
+                f"checkpoint {self._directory / str(step)} is of another model or optimizer: "
+                f"{name} is {saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} "
+                f"here ({len(differing)} of {len(names)} arrays differ); use the config it was "
+                "written with, or another --workdir"
+            )
+
+    def _set_aside(self, faults: Mapping[int, Exception], restored: int) -> None:
+        """Renames unreadable steps, so that they can be saved again, and says so."""
+        for step, error in faults.items():
+            name = f"unreadable-{step}-{time.time_ns()}"
+            (self._directory / str(step)).rename(self._directory / name)
+            logging.warning(
+                "checkpoint %s cannot be read (%s): kept as %s, going on from step %d instead",
+                self._directory / str(step),
+                _line(error),
+                name,
+                restored,
+            )
+        if faults:
+            self._manager.reload()
+
+    def _check_space(self, state: TrainState) -> None:
+        """Refuses to start what cannot be finished: Orbax's own reaction is pages of tracebacks."""
+        needed = sum(
+            shard.data.nbytes
+            for array in jax.tree.leaves(state)
+            for shard in array.addressable_shards
+            if shard.replica_id == 0
+        )
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise no_space(
+                self._directory, f" ({needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free)"
+            )
+
+    @contextmanager
+    def _disk_space(self) -> Iterator[None]:
+        try:
+            with writing(self._directory):
+                yield
+        except ValueError as error:  # TensorStore's I/O errors; only its text names the cause
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            raise no_space(self._directory) from error
+
+
+def layout(state: TrainState) -> dict[str, str]:
+    """Path → dtype and shape of every array of a state."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+_UNREADABLE = (ValueError, KeyError, OSError)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _line(error: Exception) -> str:
+    """The first words of an error: TensorStore's texts are pages long."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

@@ -1,0 +1,1 @@
+"""Data: rows of the V-Triune schema → samples → prompts."""

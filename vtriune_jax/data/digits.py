@@ -1,0 +1,267 @@
+"""The built-in data: scikit-learn's handwritten digits composed into small visual tasks.
+
+1,797 real 8×8 pictures of digits, enlarged and pasted on canvases made of cells of 28×28 pixels; 28
+pixels are one image token of Qwen2.5-VL (patches of 14, merged 2×2). Training rows use the first
+1,400 digits only, held-out rows the last 397. A box is *the cell* of its digit, in pixels
+[x1, y1, x2, y2]: the digit itself (24×24, moved by up to 2 pixels) fills nearly all of it.
+
+| task      | canvas  | question                              | judged by                       |
+|-----------|---------|---------------------------------------|---------------------------------|
+| counting  | 112×112 | how many of a digit                   | mathverify, free form           |
+| ocr       | 112×56  | read the number                       | mathverify, free form           |
+| math      | 112×56  | sum, difference, product of two       | mathverify, think/answer tags   |
+| detection | 112×112 | boxes of every instance of a digit    | detection, 0..1000 ground truth |
+| grounding | 112×112 | box of one digit                      | detection, pixel ground truth   |
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from vtriune_jax.data.schema import DETECTION_RATIOS, IMAGE
+from vtriune_jax.types import Message, RewardConfig, Sample
+
+CELL = 28
+TRAIN_DIGITS = 1400
+
+Cells = dict[tuple[int, int], int]
+"""(row, column) of a cell → the digit in it; in reading order."""
+Answer = tuple[str, str, RewardConfig]
+"""Question, demonstration, reward."""
+
+_COUNT = (
+    "How many times does the digit {d} appear?",
+    "Count the digit {d} in the picture.",
+    "How often do you see a {d}?",
+    "How many of the digits are a {d}?",
+    "Tell me how many {d}s there are.",
+)
+_READ = (
+    "Which number is written here?",
+    "Read the number in the picture.",
+    "What number do you see?",
+    "Write down the number that is shown.",
+    "What does the picture say?",
+)
+_SUM = (
+    "What is the sum of the two digits?",
+    "Add the two digits.",
+    "What is the left digit plus the right digit?",
+)
+_DIFFERENCE = (
+    "What is the difference of the two digits?",
+    "Subtract the smaller digit from the larger one.",
+    "By how much do the two digits differ?",
+)
+_PRODUCT = (
+    "What is the product of the two digits?",
+    "Multiply the two digits.",
+    "What is the left digit times the right digit?",
+)
+_DETECT = (
+    "Find all {d}s.",
+    "Locate every digit {d}.",
+    "Where are the {d}s?",
+    "Detect each {d} in the picture.",
+    "Mark all digits that are a {d}.",
+)
+_GROUND = (
+    "Where is the digit {d}?",
+    "Locate the {d}.",
+    "Find the digit {d}.",
+    "Point out the {d}.",
+    "Give the place of the digit {d}.",
+)
+_BOX_FORMAT = '\n<answer>\n[{{"bbox_2d":[x1,y1,x2,y2],"label":"{d}"}}]\n</answer>'
+_BOXES = " Say how many, then give boxes in pixels:" + _BOX_FORMAT
+_BOX = " Comment first, then give its box in pixels:" + _BOX_FORMAT
+
+
+def samples(
+    task: str, split: Literal["train", "heldout"], count: int, seed: int = 0
+) -> Iterator[Sample]:
+    """The first `count` rows of a task; row k depends on (seed, task, split, k) alone."""
+    make = TASKS[task]
+    for index in range(count):
+        key = [seed, list(TASKS).index(task), ("train", "heldout").index(split), index]
+        rng = np.random.default_rng(key)
+        shape, cells, (question, demonstration, reward) = make(rng)
+        yield Sample(
+            data_source=f"digits_{task}",
+            id=f"{task}-{split}-{seed}-{index}",
+            images=(_png(_draw(shape, cells, split, rng)),),
+            messages=(Message("user", f"{IMAGE}{question}"),),
+            reward=reward,
+            ability={"detection": "cv_detection", "grounding": "cv_grounding"}.get(task, task),
+            demonstration=demonstration,
+        )
+
+
+def texts() -> list[str]:
+    """Questions and demonstrations of all tasks, for a tokenizer to learn from."""
+    some = [sample for task in TASKS for sample in samples(task, "train", 200)]
+    questions = [sample.messages[-1].content.replace(IMAGE, "") for sample in some]
+    return questions + [sample.demonstration for sample in some]
+
+
+# --------------------------------------------------------------------------------------- tasks
+
+
+def _counting(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer]:
+    alphabet = rng.choice(10, size=3, replace=False)
+    count = int(rng.integers(0, 5))
+    others = int(rng.integers(max(0, 3 - count), 8 - count))
+    values = [alphabet[0]] * count + list(rng.choice(alphabet[1:], size=others))
+    cells = _scatter(rng, (4, 4), values)
+    seen = " ".join(map(str, cells.values()))
+    question = _pick(rng, _COUNT).format(d=alphabet[0])
+    return (4, 4), cells, (question, f"I see {seen}.\n\\boxed{{{count}}}", _math(count))
+
+
+def _ocr(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer]:
+    length = int(rng.integers(2, 5))
+    values = [int(rng.integers(1, 10)), *rng.integers(0, 10, size=length - 1).tolist()]
+    row, left = int(rng.integers(2)), int(rng.integers(0, 5 - length))
+    cells = {(row, left + k): value for k, value in enumerate(values)}
+    number = "".join(map(str, values))
+    return (2, 4), cells, (_pick(rng, _READ), f"\\boxed{{{number}}}", _math(number))
+
+
+def _arithmetic(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer]:
+    left, right = (int(v) for v in rng.integers(0, 10, size=2))
+    columns = rng.choice(4, size=2, replace=False)
+    rows = rng.integers(0, 2, size=2)
+    cells = {
+        (int(rows[0]), int(columns.min())): left,
+        (int(rows[1]), int(columns.max())): right,
+    }
+    high, low = max(left, right), min(left, right)
+    texts, work, result = (
+        (_SUM, f"{left} + {right}", left + right),
+        (_DIFFERENCE, f"{high} - {low}", high - low),
+        (_PRODUCT, f"{left} * {right}", left * right),
+    )[int(rng.integers(3))]
+    demonstration = (
+        f"<think>\n{work} = {result}\n</think>\n<answer>\n\\boxed{{{result}}}\n</answer>"
+    )
+    return (2, 4), cells, (_pick(rng, texts), demonstration, _math(result, format_ratio=0.1))
+
+
+def _detection(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer]:
+    target = int(rng.integers(10))
+    count = int(rng.choice([1, 2, 3], p=[0.5, 0.4, 0.1]))
+    others = int(rng.integers(max(1, 3 - count), 7 - count))
+    different = [digit for digit in range(10) if digit != target]
+    cells = _scatter(rng, (4, 4), [target] * count + list(rng.choice(different, size=others)))
+    places = [place for place, digit in cells.items() if digit == target]
+    question = (_pick(rng, _DETECT) + _BOXES).format(d=target)
+    demonstration, reward = _boxes(f"I see {count}.", target, places, normalized=True)
+    return (4, 4), cells, (question, demonstration, reward)
+
+
+def _grounding(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer]:
+    values = rng.choice(10, size=int(rng.integers(3, 7)), replace=False).tolist()
+    cells = _scatter(rng, (4, 4), values)
+    places = [place for place, digit in cells.items() if digit == values[0]]
+    question = (_pick(rng, _GROUND) + _BOX).format(d=values[0])
+    demonstration, reward = _boxes("I see it.", values[0], places, normalized=False)
+    return (4, 4), cells, (question, demonstration, reward)
+
+
+TASKS: dict[str, Callable[[np.random.Generator], tuple[tuple[int, int], Cells, Answer]]] = {
+    "counting": _counting,
+    "ocr": _ocr,
+    "math": _arithmetic,
+    "detection": _detection,
+    "grounding": _grounding,
+}
+
+
+def _math(value: int | str, format_ratio: float = 0.0) -> RewardConfig:
+    return RewardConfig(
+        verifier="mathverify",
+        ground_truth=f"\\boxed{{{value}}}",
+        answer=str(value),
+        format_ratio=format_ratio,
+    )
+
+
+def _boxes(
+    thought: str, digit: int, places: Sequence[tuple[int, int]], *, normalized: bool
+) -> tuple[str, RewardConfig]:
+    """Demonstration and reward; the format asks for a line break before `<answer>`."""
+    pixels = [[c * CELL, r * CELL, (c + 1) * CELL, (r + 1) * CELL] for r, c in places]
+    truth = [[v * 1000 // (4 * CELL) for v in box] for box in pixels] if normalized else pixels
+    answer = str([{"bbox_2d": box, "label": str(digit)} for box in truth])
+    compact = json.dumps(
+        [{"bbox_2d": box, "label": str(digit)} for box in pixels], separators=(",", ":")
+    )
+    reward = RewardConfig(
+        verifier="detection",
+        ground_truth=f"<answer>\n{answer}\n</answer>",
+        answer=answer,
+        format_ratio=0.1,
+        params={"det_verifier_normalized": normalized, "det_reward_ratio": DETECTION_RATIOS},
+    )
+    return f"{thought}\n<answer>\n{compact}\n</answer>", reward
+
+
+def _pick(rng: np.random.Generator, texts: Sequence[str]) -> str:
+    return texts[int(rng.integers(len(texts)))]
+
+
+def _scatter(rng: np.random.Generator, shape: tuple[int, int], values: Sequence[int]) -> Cells:
+    """Put the values into different cells, at random; the result is in reading order."""
+    rows, columns = shape
+    places = rng.choice(rows * columns, size=len(values), replace=False)
+    return {divmod(int(p), columns): int(v) for p, v in sorted(zip(places, values, strict=True))}
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+@functools.cache
+def _glyphs() -> tuple[np.ndarray, np.ndarray]:
+    """All digits as [1797, 24, 24] in 0..1, and their values [1797]."""
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()
+    grey = np.asarray(digits.images / 16 * 255, np.uint8)
+    large = [
+        np.asarray(Image.fromarray(g).resize((24, 24), Image.Resampling.BICUBIC)) for g in grey
+    ]
+    return np.stack(large).astype(np.float32) / 255, digits.target
+
+
+def _draw(
+    shape: tuple[int, int],
+    cells: Cells,
+    split: Literal["train", "heldout"],
+    rng: np.random.Generator,
+) -> Image.Image:
+    """Bright digits on a dark, slightly coloured ground; both differ from picture to picture."""
+    glyphs, values = _glyphs()
+    allowed = np.arange(len(values)) < TRAIN_DIGITS
+    allowed = allowed if split == "train" else ~allowed
+    ground = rng.uniform(0, 60, size=3)
+    canvas = np.ones((shape[0] * CELL, shape[1] * CELL, 3), np.float32) * ground
+    for (row, column), value in cells.items():
+        glyph = glyphs[rng.choice(np.flatnonzero(allowed & (values == value)))][..., None]
+        y, x = np.array([row, column]) * CELL + 2 + rng.integers(-2, 3, size=2)
+        ink = rng.uniform(170, 255)
+        part = canvas[y : y + 24, x : x + 24]
+        part += glyph * (ink - part)
+    return Image.fromarray(canvas.round().astype(np.uint8))
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

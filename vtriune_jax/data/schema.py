@@ -1,0 +1,298 @@
+"""The V-Triune row as an Arrow schema, and the step from one row to one `Sample`.
+
+A row: `data_source`, `images` (encoded bytes), `prompt` (chat turns with `<image>` once per image),
+`ability`, `reward_model` (how to judge it) and `extra_info`. Columns we do not know are ignored.
+Our one optional addition is `extra_info.demonstration`, the text that supervised fine-tuning
+imitates.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from vtriune_jax.errors import UserError
+from vtriune_jax.types import Message, RewardConfig, Sample
+
+IMAGE = "<image>"
+
+DETECTION_RATIOS = {
+    "iou_max_label_first": 1.0,
+    "iou_max_iou_first": 0.0,
+    "iou_completeness": 0.3,
+    "map": 0.0,
+    "map50": 0.0,
+    "map75": 0.0,
+}
+"""Every weight of the box reward, with V-Triune's values."""
+_FEATURES: dict[str, Any] = {
+    "data_source": "string",
+    "images": [Image],
+    "prompt": [{"content": "string", "role": "string"}],
+    "ability": "string",
+    "reward_model": {
+        "answer": "string",
+        "ground_truth": "string",
+        "accuracy_ratio": "float32",
+        "format_ratio": "float32",
+        "verifier": "string",
+        "verifier_parm": {
+            "det_verifier_normalized": "bool",
+            "det_reward_ratio": dict.fromkeys(DETECTION_RATIOS, "float32"),
+        },
+    },
+    "extra_info": {"id": "string", "image_path": "string", "demonstration": "string"},
+}
+_REQUIRED = (
+    "data_source",
+    "images",
+    "prompt",
+    "reward_model.verifier",
+    "reward_model.ground_truth",
+)
+_REMEDY = "see the data format in README.md"
+
+
+def arrow_schema() -> pa.Schema:
+    """The schema of the files we write, with the metadata that lets HF `datasets` decode images."""
+    features = {name: _hf_feature(kind) for name, kind in _FEATURES.items()}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    fields = [pa.field(name, _arrow_type(kind)) for name, kind in _FEATURES.items()]
+    return pa.schema(fields, metadata=metadata)
+
+
+def check_columns(schema: pa.Schema, where: str) -> None:
+    """Raise `UserError` when a column is missing or has a type that no row could satisfy."""
+    for path in _REQUIRED:
+        _find(schema, path, where)
+    for path, expected, fits in (
+        ("data_source", "string", _is_string),
+        ("images", "list of {bytes, path} or of binary", _is_images),
+        ("prompt", "list of {role: string, content: string}", _is_prompt),
+        ("reward_model.verifier", "string", _is_string),
+        ("reward_model.ground_truth", "string", _is_string),
+    ):
+        found = _find(schema, path, where)
+        if not fits(found):
+            raise UserError(f"{where}: column {path} is {found}, expected {expected}; {_REMEDY}")
+
+
+def to_sample(
+    row: Mapping[str, Any], where: str, default_id: str, known_verifiers: Collection[str] | None
+) -> Sample:
+    """One row as Python objects → `Sample`; any fault is a `UserError` that begins with `where`."""
+    messages = _messages(row["prompt"], where)
+    images = _images(row["images"], where)
+    marks = sum(message.content.count(IMAGE) for message in messages)
+    if marks != len(images):
+        raise UserError(
+            f"{where}: the prompt has {marks} {IMAGE} but the row has {len(images)} images; "
+            f"write {IMAGE} once per image"
+        )
+    reward = _reward(row["reward_model"] or {}, where, known_verifiers)
+    extra = row.get("extra_info") or {}
+    return Sample(
+        data_source=_text(row["data_source"], "data_source", where),
+        id=str(extra["id"]) if extra.get("id") is not None else default_id,
+        images=images,
+        messages=messages,
+        reward=reward,
+        ability=row.get("ability") or "",
+        demonstration=extra.get("demonstration") or reward.ground_truth,
+    )
+
+
+def to_row(sample: Sample, image_path: str | None = None) -> dict[str, Any]:
+    """The inverse of `to_sample`: a row that `arrow_schema` accepts."""
+    reward = sample.reward
+    params = {"det_verifier_normalized": None, "det_reward_ratio": None, **reward.params}
+    ratios = params["det_reward_ratio"]
+    if ratios is not None:
+        params["det_reward_ratio"] = {name: ratios.get(name) for name in DETECTION_RATIOS}
+    return {
+        "data_source": sample.data_source,
+        "images": [{"bytes": data, "path": None} for data in sample.images],
+        "prompt": [{"content": m.content, "role": m.role} for m in sample.messages],
+        "ability": sample.ability,
+        "reward_model": {
+            "answer": reward.answer,
+            "ground_truth": reward.ground_truth,
+            "accuracy_ratio": reward.accuracy_ratio,
+            "format_ratio": reward.format_ratio,
+            "verifier": reward.verifier,
+            "verifier_parm": params,
+        },
+        "extra_info": {
+            "id": sample.id,
+            "image_path": image_path,
+            "demonstration": sample.demonstration,
+        },
+    }
+
+
+# ------------------------------------------------------------------------------------- one row
+
+
+def _messages(turns: Sequence[Mapping[str, Any]] | None, where: str) -> tuple[Message, ...]:
+    if not turns:
+        raise UserError(f"{where}: prompt is empty, expected at least one chat turn; {_REMEDY}")
+    return tuple(
+        Message(
+            role=_text(turn["role"], "prompt.role", where),
+            content=_text(turn["content"], "prompt.content", where),
+        )
+        for turn in turns
+    )
+
+
+def _images(cells: Sequence[Any] | None, where: str) -> tuple[bytes, ...]:
+    images = tuple(_image_bytes(cell, where) for cell in cells or ())
+    for number, data in enumerate(images):
+        try:
+            Image.open(io.BytesIO(data)).close()  # reads the header only
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(
+                f"{where}: image {number} ({len(data)} bytes) cannot be read as a picture "
+                f"({type(error).__name__}); store PNG or JPEG bytes or drop the row"
+            ) from error
+    return images
+
+
+def _image_bytes(cell: Any, where: str) -> bytes:
+    data = cell.get("bytes") if isinstance(cell, Mapping) else cell
+    if data is not None:
+        return data
+    path = cell.get("path") if isinstance(cell, Mapping) else None
+    if path is None:
+        raise UserError(f"{where}: an image is null; store its encoded bytes or drop the row")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{where}: image file {path} cannot be read ({error.strerror}); "
+            "store the encoded bytes in the row"
+        ) from error
+
+
+def _reward(
+    config: Mapping[str, Any], where: str, known_verifiers: Collection[str] | None
+) -> RewardConfig:
+    verifier = _text(config.get("verifier"), "reward_model.verifier", where)
+    if known_verifiers is not None and verifier not in known_verifiers:
+        raise UserError(
+            f"{where}: unknown verifier {verifier!r}; {nearest(verifier, known_verifiers)}"
+        )
+    ratios = {name: config.get(name) for name in ("accuracy_ratio", "format_ratio")}
+    for name, value in ratios.items():
+        if value is not None and not (isinstance(value, int | float) and 0 <= value < float("inf")):
+            raise UserError(f"{where}: reward_model.{name} is {value!r}, expected a number ≥ 0")
+    accuracy = 1.0 if ratios["accuracy_ratio"] is None else float(ratios["accuracy_ratio"])
+    format_ratio = 0.0 if ratios["format_ratio"] is None else float(ratios["format_ratio"])
+    if accuracy + format_ratio == 0:
+        raise UserError(
+            f"{where}: accuracy_ratio and format_ratio are both 0, so the row has no reward; "
+            "set one of them above 0"
+        )
+    return RewardConfig(
+        verifier=verifier,
+        ground_truth=_text(config.get("ground_truth"), "reward_model.ground_truth", where),
+        answer=config.get("answer") or "",
+        accuracy_ratio=accuracy,
+        format_ratio=format_ratio,
+        params=without_nulls(config.get("verifier_parm") or {}),
+    )
+
+
+def without_nulls(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop nulls, and what becomes empty: a file carries every field of every verifier."""
+    pruned = {k: without_nulls(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+    return {k: v for k, v in pruned.items() if v is not None and v != {}}
+
+
+def nearest(word: str, choices: Collection[str]) -> str:
+    """`"did you mean 'x'? Known: …"`, for error texts."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.0)
+    known = ", ".join(sorted(choices))
+    return f"did you mean {close[0]!r}? Known: {known}" if close else f"known: {known}"
+
+
+def reason(error: Exception) -> str:
+    """What a library's exception says, in one line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise UserError(
+            f"{where}: {name} is {value!r}, expected a text that is not empty; {_REMEDY}"
+        )
+    return value
+
+
+# -------------------------------------------------------------------------------------- types
+
+
+def _hf_feature(kind: Any) -> Any:
+    if kind is Image:
+        return {"_type": "Image"}
+    if isinstance(kind, list):
+        return [_hf_feature(kind[0])]
+    if isinstance(kind, dict):
+        return {name: _hf_feature(inner) for name, inner in kind.items()}
+    return {"dtype": kind, "_type": "Value"}
+
+
+def _arrow_type(kind: Any) -> pa.DataType:
+    if kind is Image:
+        return pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    if isinstance(kind, list):
+        return pa.list_(_arrow_type(kind[0]))
+    if isinstance(kind, dict):
+        return pa.struct([(name, _arrow_type(inner)) for name, inner in kind.items()])
+    return {"string": pa.string(), "float32": pa.float32(), "bool": pa.bool_()}[kind]
+
+
+def _find(schema: pa.Schema, path: str, where: str) -> pa.DataType:
+    kind: Any = pa.struct(list(schema))
+    for name in path.split("."):
+        if not pa.types.is_struct(kind) or kind.get_field_index(name) < 0:
+            found = ", ".join(schema.names)
+            raise UserError(f"{where}: column {path} is missing (found: {found}); {_REMEDY}")
+        kind = kind.field(name).type
+    return kind
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _is_images(kind: Any) -> bool:
+    if pa.types.is_null(kind):
+        return True
+    if not _is_list(kind):
+        return False
+    cell = kind.value_type
+    if pa.types.is_struct(cell):
+        return cell.get_field_index("bytes") >= 0 or cell.get_field_index("path") >= 0
+    return pa.types.is_binary(cell) or pa.types.is_large_binary(cell) or pa.types.is_null(cell)
+
+
+def _is_prompt(kind: Any) -> bool:
+    if not _is_list(kind) or not pa.types.is_struct(kind.value_type):
+        return False
+    turn = kind.value_type
+    return all(
+        turn.get_field_index(name) >= 0 and _is_string(turn.field(name).type)
+        for name in ("role", "content")
+    )

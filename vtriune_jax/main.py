@@ -1,0 +1,130 @@
+"""Train: python -m vtriune_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+--config=FILE         a Python file with get_config(); every key is described in configs/base.py
+--config.KEY=VALUE    set a key of it, for example --config.grpo.lr=1e-5 (as often as needed)
+--workdir=FOLDER      where the run lives (checkpoints, metrics.jsonl, summary.json, report.html);
+                      the same command continues what it finds there
+--help                show this text
+
+Exit status: 0 done, 2 a mistake in the input (one line says which), 130 interrupted.
+Compiled programs are kept in ~/.cache/vtriune_jax/jax (JAX_COMPILATION_CACHE_DIR overrides it).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from absl import flags
+
+from vtriune_jax import config as configs
+from vtriune_jax.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line `argv` (without the program's name) and returns the exit status."""
+    try:
+        options, overrides = parse(argv)
+        if options.help:
+            print(__doc__)
+            return 0
+        train(options, overrides)
+    except UserError as error:
+        return _fail(str(error))
+    except (OSError, RuntimeError, ValueError) as error:
+        if not disk_full(error):
+            raise
+        return _fail(f"no space left on the disk ({error}); free some, the same command continues")
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[tuple[str, str]]]:
+    """The flags, and the `--config.key=value` overrides in order. Raises UserError.
+
+    The overrides are not left to `config_flags`, which stops at the first mistake: `config.load`
+    reports those of the command line together with those of the file.
+    """
+    options = flags.FlagValues()
+    flags.DEFINE_string("config", None, "", flag_values=options)
+    flags.DEFINE_string("workdir", None, "", flag_values=options)
+    flags.DEFINE_bool("help", False, "", flag_values=options, short_name="h")
+    overrides, others = [], ["main"]
+    words = iter(argv)
+    for word in words:
+        if found := re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", word, re.DOTALL):
+            overrides.append((found[1], _value(word, found[2], words)))
+        else:
+            others.append(word)
+    try:
+        stray = options(others)[1:]
+    except flags.Error as error:
+        raise UserError(f"{error} (--help shows them all)") from error
+    if stray:
+        raise UserError(f"{stray[0]!r} is not a flag: write --name=value (--help shows them all)")
+    if "://" in (options.workdir or ""):
+        raise UserError(
+            f"--workdir={options.workdir} is not a local folder; launch/tpu_vm.sh copies to gs://"
+        )
+    if not options.help and not (options.config and options.workdir):
+        missing = "--workdir=runs/NAME" if options.config else "--config=configs/quickstart.py"
+        raise UserError(f"{missing} is missing (--help shows all flags)")
+    return options, overrides
+
+
+def train(options: flags.FlagValues, overrides: Sequence[tuple[str, str]]) -> None:
+    """Checks the config, prepares JAX and the workdir, trains. Heavy imports wait for the check."""
+    config = configs.load(options.config, overrides)
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+    workdir = Path(options.workdir)
+    try:
+        configs.record(config, workdir)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(
+            f"--workdir={workdir} cannot be written: {error.strerror}; choose a folder of yours"
+        ) from error
+    from vtriune_jax.train import run
+
+    run(config, workdir)
+
+
+def cache_folder() -> Path:
+    """Where compiled programs stay between runs, by the XDG convention."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vtriune_jax"
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is a full disk or a used-up quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):  # as the C++ of Orbax words it
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _value(word: str, value: str | None, words: Iterator[str]) -> str:
+    """The value of an override: after its "=", or the next word."""
+    value = next(words, None) if value is None else value
+    if value is None:
+        raise UserError(f"{word} needs a value: {word}=…")
+    return value
+
+
+def _fail(text: str) -> int:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,185 @@
+"""The language model: GQA with M-RoPE, SwiGLU, RMS norm; one scanned stack of layers.
+
+Three ways through the same layers: a call (training, scoring), `prefill` (the prompt, before
+sampling) and `decode` (one more token for each completion of each prompt).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from vtriune_jax.models.attention import attention, decode_attention
+from vtriune_jax.models.config import ModelConfig, TextConfig
+from vtriune_jax.models.layers import (
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    frequencies,
+    remat,
+    rotate,
+    stack,
+    unstack,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KV:
+    """Keys and values of all layers, after the rotary embedding."""
+
+    keys: Float[Array, "layers *rows kv_heads tokens head_dim"]
+    values: Float[Array, "layers *rows kv_heads tokens head_dim"]
+
+
+def mrope_angles(
+    positions: Int[Array, "rows 3 tokens"], config: TextConfig
+) -> Float[Array, "rows tokens half"]:
+    """Rotary angles; each frequency turns with time, height or width by its section."""
+    axis = np.repeat(np.arange(3), config.mrope_section)
+    return jnp.moveaxis(positions[:, axis], 1, 2) * frequencies(config.head_dim, config.rope_theta)
+
+
+class SelfAttention(nnx.Module):
+    """The four maps around grouped-query attention; q, k and v have biases."""
+
+    def __init__(self, config: TextConfig):
+        self.head_dim = config.head_dim
+        width, kv_width = config.embed, config.kv_heads * config.head_dim
+        self.q = Linear(width, width, bias=True)
+        self.k = Linear(width, kv_width, bias=True)
+        self.v = Linear(width, kv_width, bias=True)
+        self.o = Linear(width, width, bias=False)
+
+    def qkv(
+        self, x: Float[Array, "*rows tokens embed"], angles: Float[Array, "*rows tokens half"]
+    ) -> tuple[Array, Array, Array]:
+        """Queries, keys and values, each `[*rows, tokens, its heads, head_dim]`, rotated."""
+        query, key, value = (
+            linear(x).reshape(*x.shape[:-1], -1, self.head_dim)
+            for linear in (self.q, self.k, self.v)
+        )
+        return rotate(query, angles), rotate(key, angles), value
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and SwiGLU."""
+
+    def __init__(self, config: TextConfig):
+        self.attn_norm = RMSNorm(config.embed, config.norm_eps)
+        self.attn = SelfAttention(config)
+        self.mlp_norm = RMSNorm(config.embed, config.norm_eps)
+        self.mlp = SwiGLU(config.embed, config.mlp, bias=False)
+
+    def finish(
+        self, x: Float[Array, "*rows embed"], attended: Float[Array, "*rows heads head_dim"]
+    ) -> Float[Array, "*rows embed"]:
+        """What follows the attention: output map, residuals, MLP."""
+        x = x + self.attn.o(attended.reshape(x.shape))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Embedding(nnx.Module):
+    """The table of token embeddings."""
+
+    def __init__(self, vocab: int, width: int):
+        self.embedding = nnx.Param(jnp.zeros((vocab, width)))
+
+    def __call__(self, ids: Int[Array, "*rows"]) -> Float[Array, "*rows width"]:
+        """Look the ids up."""
+        return self.embedding[...][ids]
+
+
+class LanguageModel(nnx.Module):
+    """Embedded tokens → hidden states."""
+
+    def __init__(self, config: ModelConfig):
+        text = config.text
+        self.config = text
+        self.remat = config.remat
+        self.embed = Embedding(text.vocab, text.embed)
+        self.layers = stack(Layer(text), text.layers)
+        self.norm = RMSNorm(text.embed, text.norm_eps)
+        self.head = None if config.tied else Linear(text.embed, text.vocab, bias=False)
+
+    def __call__(
+        self,
+        x: Float[Array, "rows tokens embed"],
+        positions: Int[Array, "rows 3 tokens"],
+        segments: Int[Array, "rows tokens"],
+    ) -> Float[Array, "rows tokens embed"]:
+        """Run all layers and the final norm."""
+        return self._run(x, positions, segments, lambda key, value: None)[0]
+
+    def prefill(
+        self,
+        x: Float[Array, "rows tokens embed"],
+        positions: Int[Array, "rows 3 tokens"],
+        segments: Int[Array, "rows tokens"],
+    ) -> tuple[Float[Array, "rows tokens embed"], KV]:
+        """The same, keeping the keys and values that `decode` looks at."""
+
+        def keep(key: Array, value: Array) -> KV:
+            return KV(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+
+        return self._run(x, positions, segments, keep)
+
+    def _run(
+        self, x: Array, positions: Array, segments: Array, keep: Callable[[Array, Array], Any]
+    ) -> tuple[Array, Any]:
+        angles = mrope_angles(positions, self.config)
+        stacked, build = unstack(self.layers)
+
+        def layer(x: Array, params: Any) -> tuple[Array, Any]:
+            this: Layer = build(params)
+            query, key, value = this.attn.qkv(this.attn_norm(x), angles)
+            attended = attention(query, key, value, segments, causal=True)
+            return this.finish(x, attended), keep(key, value)
+
+        x, kept = jax.lax.scan(remat(layer, self.remat), x, stacked)
+        return self.norm(x), kept
+
+    def decode(
+        self,
+        x: Float[Array, "groups n embed"],
+        positions: Int[Array, "groups n"],
+        prompt: KV,
+        prompt_segments: Int[Array, "groups tokens"],
+        kv: KV,
+        index: Int[Array, ""],
+    ) -> tuple[Float[Array, "groups n embed"], KV]:
+        """Run one new token of each completion, storing its keys and values at `index`."""
+        angles = positions[..., None] * frequencies(self.config.head_dim, self.config.rope_theta)
+        stacked, build = unstack(self.layers)
+
+        def layer(carry: tuple[Array, KV], scanned: tuple) -> tuple[tuple[Array, KV], None]:
+            (x, kv), (number, params, prompt) = carry, scanned
+            this: Layer = build(params)
+            query, key, value = this.attn.qkv(this.attn_norm(x), angles)
+            # The cache is carried and written in place, one token at a time: never copied.
+            here = (number, 0, 0, 0, index, 0)
+            kv = KV(
+                jax.lax.dynamic_update_slice(kv.keys, key[None, :, :, :, None], here),
+                jax.lax.dynamic_update_slice(kv.values, value[None, :, :, :, None], here),
+            )
+            attended = decode_attention(
+                query,
+                prompt.keys,
+                prompt.values,
+                prompt_segments,
+                kv.keys[number],
+                kv.values[number],
+                index,
+            )
+            return (this.finish(x, attended), kv), None
+
+        numbers = jnp.arange(self.config.layers)
+        (x, kv), _ = jax.lax.scan(layer, (x, kv), (numbers, stacked, prompt))
+        return self.norm(x), kv

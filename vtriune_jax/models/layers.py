@@ -1,0 +1,88 @@
+"""The pieces both towers are made of: linear map, RMS norm, SwiGLU, rotary embedding, layer stack.
+
+A module is made with zero matrices; `models.init` draws them, `models.load_pretrained` reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def rotate(
+    x: Float[Array, "*rows tokens heads head_dim"], angles: Float[Array, "*rows tokens half"]
+) -> Float[Array, "*rows tokens heads head_dim"]:
+    """Turn the pairs (x[i], x[i + head_dim/2]) by their angles, in float32."""
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def frequencies(width: int, theta: float) -> Float[Array, " frequencies"]:
+    """The rotary frequencies theta^(-2i/width) of `width` numbers, i.e. width/2 pairs."""
+    return theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+
+
+def stack(layer: nnx.Module, layers: int) -> nnx.Module:
+    """The same module with a leading axis of layers on each parameter."""
+    graphdef, params = nnx.split(layer)
+    params = jax.tree.map(lambda p: jnp.broadcast_to(p, (layers, *p.shape)), params)
+    return nnx.merge(graphdef, params)
+
+
+def unstack(layers: nnx.Module) -> tuple[Any, Callable[[Any], Any]]:
+    """The stacked parameters, to be scanned over, and what turns one slice of them into a layer."""
+    graphdef, params = nnx.split(layers)
+    return params, lambda one: nnx.merge(graphdef, one)
+
+
+def remat(body: Callable, word: str) -> Callable:
+    """Make the body of a scan over layers recompute in the backward pass, if the word says so."""
+    # Common subexpressions cannot be merged across the iterations of a scan.
+    return jax.checkpoint(body, prevent_cse=False) if word == "full" else body
+
+
+class Linear(nnx.Module):
+    """x · kernel (+ bias); parameters are cast to x's type."""
+
+    def __init__(self, width: int, out: int, *, bias: bool):
+        self.kernel = nnx.Param(jnp.zeros((width, out)))
+        self.bias = nnx.Param(jnp.zeros(out)) if bias else None
+
+    def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows out"]:
+        """Apply to the last axis."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / √(mean(x²) + eps) · scale, in float32."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        """Normalise the last axis."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, width: int, hidden: int, *, bias: bool):
+        self.gate = Linear(width, hidden, bias=bias)
+        self.up = Linear(width, hidden, bias=bias)
+        self.down = Linear(hidden, width, bias=bias)
+
+    def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        """Apply to the last axis."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -1,0 +1,90 @@
+"""Qwen2.5-VL: vision tower, language model, and the gather that joins them."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from vtriune_jax.models.config import ModelConfig
+from vtriune_jax.models.language import KV, LanguageModel
+from vtriune_jax.models.vision import VisionTower
+from vtriune_jax.types import Vision
+
+
+class Qwen2_5_VL(nnx.Module):
+    """Qwen2.5-VL of any size.
+
+    Parameters are float32, stacked over layers; activations have `config.dtype`.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.visual = VisionTower(config.vision, dtype=config.dtype, remat=config.remat)
+        self.language = LanguageModel(config)
+
+    def encode(self, vision: Vision) -> Float[Array, "rows units embed"]:
+        """Image features, in window order; padding slots give meaningless, finite numbers."""
+        return self.visual(vision)
+
+    def __call__(
+        self,
+        ids: Int[Array, "rows tokens"],
+        positions: Int[Array, "rows 3 tokens"],
+        segments: Int[Array, "rows tokens"],
+        features: Float[Array, "rows units embed"] | None = None,
+        image_index: Int[Array, "rows tokens"] | None = None,
+    ) -> Float[Array, "rows tokens embed"]:
+        """Hidden states after the final norm.
+
+        A token sees earlier tokens of its own segment; segment 0 is padding. Where `image_index` is
+        not -1, the token is that unit of `features` in place of its embedding.
+        """
+        x = self._embed(ids, features, image_index)
+        return self.language(x, positions, segments)
+
+    def prefill(
+        self,
+        ids: Int[Array, "rows tokens"],
+        positions: Int[Array, "rows 3 tokens"],
+        segments: Int[Array, "rows tokens"],
+        features: Float[Array, "rows units embed"] | None = None,
+        image_index: Int[Array, "rows tokens"] | None = None,
+    ) -> tuple[Float[Array, "rows tokens embed"], KV]:
+        """Like a call, and the keys and values `[layers, rows, kv_heads, tokens, head_dim]`."""
+        x = self._embed(ids, features, image_index)
+        return self.language.prefill(x, positions, segments)
+
+    def decode(
+        self,
+        ids: Int[Array, "groups n"],
+        positions: Int[Array, "groups n"],
+        prompt_kv: KV,
+        prompt_segments: Int[Array, "groups tokens"],
+        kv: KV,
+        index: Int[Array, ""],
+    ) -> tuple[Float[Array, "groups n embed"], KV]:
+        """One more token for n completions of each prompt.
+
+        `kv` holds the completions' own keys and values,
+        `[layers, groups, n, kv_heads, completion, head_dim]`; `index` says how many are there
+        already, and is where this token's are written. Completions are text, so one position each.
+        """
+        x = self.language.embed(ids).astype(self.config.dtype)
+        return self.language.decode(x, positions, prompt_kv, prompt_segments, kv, index)
+
+    def head(self) -> Float[Array, "embed vocab"]:
+        """The matrix that turns hidden states into logits."""
+        if self.language.head is None:
+            return self.language.embed.embedding[...].T
+        return self.language.head.kernel[...]
+
+    def _embed(
+        self, ids: Array, features: Array | None, image_index: Array | None
+    ) -> Float[Array, "rows tokens embed"]:
+        x = self.language.embed(ids).astype(self.config.dtype)
+        if features is None or image_index is None or features.shape[1] == 0:
+            return x
+        place = jnp.maximum(image_index, 0)[..., None]
+        taken = jnp.take_along_axis(features.astype(x.dtype), place, axis=1)
+        return jnp.where(image_index[..., None] >= 0, taken, x)

@@ -1,0 +1,1 @@
+"""From judged completions to changed parameters: advantages, losses, log-probs and the update."""

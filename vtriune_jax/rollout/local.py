@@ -1,0 +1,244 @@
+"""The in-process sampler: each prompt is read once, its n completions are decoded together.
+
+For tests, laptops and reference log-probs; a fleet of servers is for throughput. Completions are
+the ids that were sampled, with their log-probs; nothing is tokenised again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from vtriune_jax.errors import UserError
+from vtriune_jax.models import KV, Qwen2_5_VL, merge
+from vtriune_jax.types import Completion, Group, Prompt
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw completions. Log-probs are those of the softmax at this temperature."""
+
+    max_tokens: int
+    n: int = 8
+    temperature: float = 1.0
+    """0 is greedy; log-probs are then those at temperature 1."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that together reach this probability; 1 is off."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 is off."""
+
+
+class LocalEngine:
+    """Samples with the trainer's own parameters, in this process."""
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        *,
+        stop_ids: Sequence[int],
+        banned_ids: Sequence[int],
+        pad_id: int,
+        decode_text: Callable[[Sequence[int]], str],
+    ):
+        """Take the model's structure, the ids that end or never enter a completion, and a decoder.
+
+        `decode_text` makes the text for the verifiers; it is given the ids without the stop token.
+        """
+        self._graphdef = graphdef
+        self._ids = Ids(tuple(stop_ids), tuple(banned_ids), pad_id)
+        self._decode_text = decode_text
+
+    def generate(
+        self,
+        params: Any,
+        prompts: Sequence[Prompt],
+        features: Float[Array, "groups units embed"] | None,
+        sampling: Sampling,
+        keys: Key[Array, " groups"],
+        prompt_tokens: int,
+    ) -> list[Group]:
+        """Draw `sampling.n` completions of every prompt.
+
+        Prompts are padded on the left to `prompt_tokens`; `features` are their encoded images, row
+        by row (None: text only). Compiles once per (groups, units, prompt_tokens, sampling). A
+        completion depends on its prompt's key, its number and the prompt, not on the others.
+        Raises UserError when a prompt is longer than `prompt_tokens`.
+        """
+        padded = pad_prompts(prompts, self._ids.pad, prompt_tokens)
+        drawn = jax.device_get(
+            sample(self._graphdef, self._ids, sampling, params, padded, features, keys)
+        )
+        return [
+            Group(prompt, tuple(self._completion(drawn, group, i) for i in range(sampling.n)))
+            for group, prompt in enumerate(prompts)
+        ]
+
+    def _completion(self, drawn: Drawn, group: int, i: int) -> Completion:
+        length = int(drawn.lengths[group, i])
+        ids = np.asarray(drawn.ids[group, i, :length])
+        stopped = bool(drawn.stopped[group, i])
+        return Completion(
+            ids=ids,
+            logps=np.asarray(drawn.logps[group, i, :length]),
+            text=self._decode_text((ids[:-1] if stopped else ids).tolist()),
+            finish="stop" if stopped else "length",
+        )
+
+
+class Ids(NamedTuple):
+    """Token ids with a meaning for the sampler."""
+
+    stop: tuple[int, ...]
+    banned: tuple[int, ...]
+    pad: int
+
+
+class PaddedPrompts(NamedTuple):
+    """Prompts of one length, padded on the left."""
+
+    ids: Int[Array, "groups tokens"]
+    positions: Int[Array, "groups 3 tokens"]
+    segments: Int[Array, "groups tokens"]
+    image_index: Int[Array, "groups tokens"]
+
+
+class Drawn(NamedTuple):
+    """Sampled completions, padded on the right."""
+
+    ids: Int[Array, "groups n completion"]
+    logps: Float[Array, "groups n completion"]
+    lengths: Int[Array, "groups n"]
+    stopped: Bool[Array, "groups n"]
+
+
+def pad_prompts(prompts: Sequence[Prompt], pad_id: int, tokens: int) -> PaddedPrompts:
+    """Left-pad prompts to `tokens`; raises UserError naming the sample that is longer."""
+    shape = (len(prompts), tokens)
+    ids = np.full(shape, pad_id, np.int32)
+    positions = np.zeros((len(prompts), 3, tokens), np.int32)
+    segments = np.zeros(shape, np.int32)
+    image_index = np.full(shape, -1, np.int32)
+    for row, prompt in enumerate(prompts):
+        start = tokens - len(prompt.ids)
+        if start < 0:
+            raise UserError(
+                f"the prompt of sample {prompt.sample.id!r} has {len(prompt.ids)} tokens, more "
+                f"than the {tokens} allowed; raise the prompt limit or drop the sample"
+            )
+        ids[row, start:] = prompt.ids
+        positions[row, :, start:] = prompt.positions
+        segments[row, start:] = 1
+        image_index[row, start:] = prompt.image_index
+    return PaddedPrompts(*map(jnp.asarray, (ids, positions, segments, image_index)))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def sample(
+    graphdef: nnx.GraphDef,
+    special: Ids,
+    sampling: Sampling,
+    params: Any,
+    prompts: PaddedPrompts,
+    features: Float[Array, "groups units embed"] | None,
+    keys: Key[Array, " groups"],
+) -> Drawn:
+    """Prefill every prompt once, then decode all completions until each has stopped.
+
+    Token t of completion i is drawn with the key fold_in(fold_in(prompt's key, i), t).
+    """
+    model: Qwen2_5_VL = merge(graphdef, params)
+    groups, n, most = prompts.ids.shape[0], sampling.n, sampling.max_tokens
+    hidden, prompt_kv = model.prefill(
+        prompts.ids, prompts.positions, prompts.segments, features, prompts.image_index
+    )
+    head = model.head().astype(hidden.dtype)
+    stop_ids = jnp.asarray(special.stop, jnp.int32)
+    first = prompts.positions.max(axis=(1, 2))[:, None] + 1
+    keys = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(n)))(keys)
+
+    def draw(t: Array, hidden: Array, drawn: Drawn) -> Drawn:
+        logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        ids, logps = next_token(logits, keys, t, special.banned, sampling)
+        ids = jnp.where(drawn.stopped, special.pad, ids)
+        logps = jnp.where(drawn.stopped, 0.0, logps)
+        return Drawn(
+            ids=jax.lax.dynamic_update_index_in_dim(drawn.ids, ids, t, axis=2),
+            logps=jax.lax.dynamic_update_index_in_dim(drawn.logps, logps, t, axis=2),
+            lengths=drawn.lengths + ~drawn.stopped,
+            stopped=drawn.stopped | jnp.isin(ids, stop_ids),
+        )
+
+    def unfinished(carry: tuple[Array, KV, Drawn]) -> Array:
+        t, _, drawn = carry
+        return (t < most) & ~drawn.stopped.all()
+
+    def step(carry: tuple[Array, KV, Drawn]) -> tuple[Array, KV, Drawn]:
+        t, kv, drawn = carry
+        last = jax.lax.dynamic_index_in_dim(drawn.ids, t - 1, axis=2, keepdims=False)
+        positions = jnp.broadcast_to(first + t - 1, last.shape)
+        hidden, kv = model.decode(last, positions, prompt_kv, prompts.segments, kv, t - 1)
+        return t + 1, kv, draw(t, hidden, drawn)
+
+    shape = (groups, n, most)
+    nothing = Drawn(
+        ids=jnp.full(shape, special.pad, jnp.int32),
+        logps=jnp.zeros(shape),
+        lengths=jnp.zeros(shape[:2], jnp.int32),
+        stopped=jnp.zeros(shape[:2], bool),
+    )
+    start = jnp.zeros((), jnp.int32)
+    at_prompt_end = jnp.broadcast_to(hidden[:, -1:], (groups, n, hidden.shape[-1]))
+    layers, _, kv_heads, _, head_dim = prompt_kv.keys.shape
+    empty = jnp.zeros((layers, groups, n, kv_heads, most, head_dim), prompt_kv.keys.dtype)
+    carry = (start + 1, KV(empty, empty), draw(start, at_prompt_end, nothing))
+    return jax.lax.while_loop(unfinished, step, carry)[2]
+
+
+def next_token(
+    logits: Float[Array, "groups n vocab"],
+    keys: Key[Array, "groups n"],
+    t: Int[Array, ""],
+    banned: tuple[int, ...],
+    sampling: Sampling,
+) -> tuple[Int[Array, "groups n"], Float[Array, "groups n"]]:
+    """Choose the next ids; their log-probs are under the temperature and without banned ids only.
+
+    Top-k and top-p narrow the choice but not the log-probs, which so stay those of a distribution
+    that the trainer can recompute.
+    """
+    logits = logits.at[..., jnp.asarray(banned, jnp.int32)].set(-jnp.inf)
+    logits = logits / (sampling.temperature or 1.0)
+    if sampling.temperature == 0:
+        ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    else:
+        folded = jax.vmap(jax.vmap(partial(jax.random.fold_in, data=t)))(keys)
+        kept = truncate(logits, sampling.top_k, sampling.top_p)
+        ids = jax.vmap(jax.vmap(jax.random.categorical))(folded, kept).astype(jnp.int32)
+    logps = jax.nn.log_softmax(logits, axis=-1)
+    return ids, jnp.take_along_axis(logps, ids[..., None], axis=-1)[..., 0]
+
+
+def truncate(
+    logits: Float[Array, "*rows vocab"], top_k: int, top_p: float
+) -> Float[Array, "*rows vocab"]:
+    """Set to -inf all but the top k, then all but the likeliest that reach probability top_p."""
+    if top_k <= 0 and top_p >= 1:
+        return logits
+    ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    if top_k > 0:
+        ordered = jnp.where(jnp.arange(logits.shape[-1]) < top_k, ordered, -jnp.inf)
+    probs = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    kept = (before < top_p) & jnp.isfinite(ordered)
+    # The likeliest token always stays, even for top_p = 0.
+    kept = kept.at[..., 0].set(True)
+    lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= lowest, logits, -jnp.inf)

@@ -1,0 +1,71 @@
+"""What a verifier is asked, and how questions and verdicts travel as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vtriune_jax.errors import UserError
+from vtriune_jax.types import RewardConfig, Verdict
+
+
+@dataclass(frozen=True)
+class Item:
+    """One completion to judge."""
+
+    completion: str
+    reward: RewardConfig
+    progress: float = 0.0
+    """Training progress in 0…1."""
+    grid: tuple[tuple[int, int], ...] = ()
+    """(height, width) in pixels of each processed image."""
+    threshold: float | None = None
+    """An IoU threshold that overrides the row's and the dynamic one: evaluations before and after
+    training compare only at the same."""
+
+
+def encode_items(items: Sequence[Item]) -> bytes:
+    """Items → the body of a request. ASCII, so that even a lone surrogate survives the trip."""
+    return json.dumps({"items": [_plain(item) for item in items]}).encode()
+
+
+def decode_items(body: bytes) -> list[Item]:
+    """The body of a request → items; `UserError` says what is malformed."""
+    try:
+        rows = json.loads(body)["items"]
+        return [_item(row) for row in rows]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(
+            f"not a list of items ({type(error).__name__}: {error}); expected "
+            '{"items": [{"completion": …, "reward": {"verifier": …, "ground_truth": …}, …}]}'
+        ) from error
+
+
+def encode_verdicts(verdicts: Sequence[Verdict]) -> bytes:
+    """Verdicts → the body of an answer."""
+    return json.dumps({"verdicts": [vars(verdict) for verdict in verdicts]}).encode()
+
+
+def decode_verdicts(body: bytes) -> list[Verdict]:
+    """The body of an answer → verdicts; ValueError when it is not one."""
+    try:
+        return [Verdict(**row) for row in json.loads(body)["verdicts"]]
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"not a list of verdicts ({type(error).__name__}: {error})") from error
+
+
+def _plain(item: Item) -> dict[str, Any]:
+    reward = {**vars(item.reward), "params": dict(item.reward.params)}
+    return {**vars(item), "reward": reward}
+
+
+def _item(row: Mapping[str, Any]) -> Item:
+    if not isinstance(row, Mapping) or not isinstance(row["reward"], Mapping):
+        raise TypeError("an item and its reward must be objects")
+    grid = tuple((int(height), int(width)) for height, width in row.get("grid", ()))
+    item = Item(**{**row, "reward": RewardConfig(**row["reward"]), "grid": grid})
+    if not isinstance(item.completion, str) or not isinstance(item.reward.ground_truth, str):
+        raise TypeError("completion and ground_truth must be strings")
+    return item

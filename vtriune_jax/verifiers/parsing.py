@@ -1,0 +1,142 @@
+"""What all verifiers read out of a completion: the last answer, and a list of labelled boxes in it.
+
+Completions are hostile: every function here takes linear time and answers, whatever the text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+_OPEN, _CLOSE = "<answer>", "</answer>"
+_FENCE = "```"
+_LONGEST = 2**18
+"""Characters beyond which a text is no list of boxes: far more than a model may write, and little
+enough that hostile ones are read in a fraction of a second."""
+_LARGEST = 1e9
+"""Coordinates beyond this are no pixels of any image (and would overflow an area)."""
+
+# JSON, or what Python prints. In single quotes an apostrophe ends the string only where a string
+# may end, so that 'dog's bowl' is read as meant. Possessive throughout: nothing is tried twice.
+_TOKEN = re.compile(
+    r"""\s*+(?:
+      (?P<double>"(?:[^"\\]++|\\.)*+")
+    | '(?P<single>(?:[^'\\]++|\\.|'(?!\s*+(?:[,:}\]]|\Z)))*+)'
+    | (?P<plain>[\[\]{},:] | -?[0-9][-+.0-9eE]*+ | (?:true|false|null|True|False|None)\b)
+    )\s*+""",
+    re.VERBOSE | re.DOTALL,
+)
+_ESCAPED = re.compile(r'\\.|"', re.DOTALL)
+_JSON_ESCAPES = {r"\'": "'", '"': r"\""}
+_JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
+
+
+@dataclass(frozen=True)
+class LabelledBox:
+    """One object of an answer, in the units of the text."""
+
+    coords: tuple[float, float, float, float]
+    label: str
+
+
+def last_answer(text: str) -> str | None:
+    """What stands in the last complete <answer>…</answer>, stripped; None without one.
+
+    The last, since the reasoning before it may well mention the tag.
+    """
+    start = text.rfind(_OPEN, 0, max(text.rfind(_CLOSE), 0))
+    if start < 0:
+        return None
+    return text[start + len(_OPEN) : text.index(_CLOSE, start)].strip()
+
+
+def parse_boxes(text: str) -> list[LabelledBox]:
+    """The boxes of a list `[{"bbox_2d": [x1, y1, x2, y2], "label": "…"}, …]`, labels lower-cased.
+
+    JSON and Python quoting, a code fence and one extra pair of brackets are all fine. Of a list
+    that was cut off, the complete objects count. Objects without four ordered finite numbers and a
+    label are dropped, and so are repetitions of the same coordinates. Empty without such a list.
+    """
+    boxes: dict[tuple[float, ...], LabelledBox] = {}
+    for entry in _unnest(_parse_list(_unfenced(text.strip()))):
+        if box := _box(entry):
+            boxes.setdefault(box.coords, box)
+    return list(boxes.values())
+
+
+def _unfenced(text: str) -> str:
+    """What a Markdown code fence around the whole text holds, or the text."""
+    if not (text.startswith(_FENCE) and text.endswith(_FENCE)):
+        return text
+    inside = text[len(_FENCE) : -len(_FENCE)]
+    return inside.lstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ").strip()
+
+
+def _parse_list(text: str) -> list[Any]:
+    """A list in JSON or Python notation, mended when it was cut off; empty when that fails."""
+    if len(text) > _LONGEST:
+        return []
+    attempts = [text]
+    if not text.endswith("]"):
+        attempts = [text + "]", text + "}]", text.rpartition("},")[0] + "}]"]
+    for attempt in attempts:
+        try:
+            value = _decode(attempt)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, list):
+            return value
+    return []
+
+
+def _decode(text: str) -> Any:
+    """Parse; ValueError or RecursionError where the text is neither notation.
+
+    Texts of one kind of quotes and no escapes, i.e. nearly all, are left to the C parser: where it
+    succeeds, a string can have ended only where the tokens would end it.
+    """
+    if "\\" not in text and ('"' not in text or "'" not in text):
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(text.replace("'", '"'))
+    return json.loads(_to_json(text))
+
+
+def _to_json(text: str) -> str:
+    """Python's strings and constants → JSON's; ValueError where neither is legal."""
+    out, position = [], 0
+    while position < len(text):
+        token = _TOKEN.match(text, position)
+        if token is None:
+            raise ValueError(f"unexpected character at {position}")
+        position = token.end()
+        if (single := token["single"]) is not None:
+            single = _ESCAPED.sub(lambda m: _JSON_ESCAPES.get(m[0], m[0]), single)
+            out.append(f'"{single}"')
+        else:
+            plain = token["double"] or token["plain"]
+            out.append(_JSON_WORDS.get(plain, plain))
+    return "".join(out)
+
+
+def _unnest(value: list[Any]) -> list[Any]:
+    """Remove one superfluous pair of brackets."""
+    return value[0] if len(value) == 1 and isinstance(value[0], list) else value
+
+
+def _box(entry: Any) -> LabelledBox | None:
+    if not isinstance(entry, dict):
+        return None
+    entry = {key.lower(): value for key, value in entry.items()}
+    coords, label = entry.get("bbox_2d"), entry.get("label")
+    if not isinstance(coords, list) or not isinstance(label, str):
+        return None
+    coords = _unnest(coords)
+    if len(coords) != 4 or any(type(value) not in (int, float) for value in coords):
+        return None
+    if not all(abs(value) <= _LARGEST for value in coords):  # NaN is not
+        return None
+    x1, y1, x2, y2 = (float(value) for value in coords)
+    return LabelledBox((x1, y1, x2, y2), label.lower()) if x1 <= x2 and y1 <= y2 else None
