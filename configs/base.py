@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 DIGITS = (
     "digits/counting",
     "digits/ocr",
-    "digits/arithmetic",
+    "digits/math",
     "digits/detection",
     "digits/grounding",
 )
@@ -151,7 +151,7 @@ def get_config() -> Any:
         keep=2,  # so many of the newest stay on disk
     )
     config["log"] = dict(
-        every=1,  # steps between two lines of progress; metrics.jsonl gets every step
+        seconds=5.0,  # between two lines of progress; metrics.jsonl gets every step
         samples=2,  # held-out samples per source that are drawn in the report
     )
     return ConfigDict(config, type_safe=False)

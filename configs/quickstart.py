@@ -34,5 +34,4 @@ def get_config() -> Any:
     config.grpo.warmup_steps = 5
 
     config.checkpoint.every = 20
-    config.log.every = 10
     return config

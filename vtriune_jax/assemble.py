@@ -11,11 +11,9 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from vtriune_jax import models, sharding
 from vtriune_jax.data import digits
-from vtriune_jax.data.mixture import Mixture
 from vtriune_jax.data.packing import Slots
 from vtriune_jax.data.prompts import Prompter
 from vtriune_jax.data.sources import Source, load
@@ -24,7 +22,7 @@ from vtriune_jax.errors import UserError
 from vtriune_jax.models.config import ModelConfig
 from vtriune_jax.rollout.local import LocalEngine
 from vtriune_jax.tiny import ensure_tiny
-from vtriune_jax.types import Prompt, Sample
+from vtriune_jax.types import Sample
 from vtriune_jax.verifiers import known_verifiers
 from vtriune_jax.verifiers.client import InProcess, VerifierClient, VerifierServer
 
@@ -33,7 +31,7 @@ from vtriune_jax.verifiers.client import InProcess, VerifierClient, VerifierServ
 class Parts:
     """What `train.run` works with; nothing here changes during a run but the verifiers' state."""
 
-    config: ConfigDict
+    config: Any
     mesh: Mesh
     model_config: ModelConfig
     checkpoint_path: Path
@@ -55,17 +53,13 @@ class Parts:
         """Place of each data source in per-source sums."""
         return {name: i for i, name in enumerate(self.sources)}
 
-    def mixture(self, stage: int) -> Mixture:
-        """The endless order of training samples of a stage."""
-        return Mixture(self.train, seed=self.config.seed + stage)
-
-    def prompt(self, sample: Sample, epoch: int = 0) -> Prompt:
-        """The sample as the model reads it."""
-        return self.prompter(sample, epoch)
+    def place(self, params: Any) -> Any:
+        """The parameters on the mesh."""
+        return jax.device_put(params, sharding.shardings(params, self.mesh))
 
 
 @contextlib.contextmanager
-def assemble(config: ConfigDict, workdir: Path) -> Iterator[Parts]:
+def assemble(config: Any, workdir: Path) -> Iterator[Parts]:
     """Build everything; on exit, stop what was started (the verifier server).
 
     Raises:
@@ -90,9 +84,8 @@ def assemble(config: ConfigDict, workdir: Path) -> Iterator[Parts]:
         cot=config.data.cot_prompts,
         seed=config.seed,
     )
-    names = {s.data_source for source, _ in train for s in source} | {
-        s.data_source for s in heldout
-    }
+    names = {name for source, _ in train for name in source.data_sources}
+    names |= {sample.data_source for sample in heldout}
     with _verifiers(config) as verifiers:
         yield Parts(
             config=config,
@@ -107,7 +100,6 @@ def assemble(config: ConfigDict, workdir: Path) -> Iterator[Parts]:
                 completion_tokens=config.batch.completion_tokens,
                 windows=config.batch.windows,
                 pad_id=prompter.pad_id,
-                banned_ids=frozenset(prompter.banned_ids),
             ),
             train=train,
             heldout=heldout,
@@ -123,7 +115,7 @@ def assemble(config: ConfigDict, workdir: Path) -> Iterator[Parts]:
         )
 
 
-def _load(config: ConfigDict, name: str, split: Any) -> Source:
+def _load(config: Any, name: str, split: Any) -> Source:
     source = load(
         name,
         split,
@@ -136,28 +128,28 @@ def _load(config: ConfigDict, name: str, split: Any) -> Source:
     return source
 
 
-def _heldout(config: ConfigDict) -> tuple[Sample, ...]:
+def _heldout(config: Any) -> tuple[Sample, ...]:
     sources = [_load(config, name, "heldout") for name in config.data.heldout]
     return tuple(sample for source in sources for sample in source[: config.eval.rows_per_source])
 
 
-def _checkpoint_path(config: ConfigDict, workdir: Path) -> Path:
+def _checkpoint_path(config: Any, workdir: Path) -> Path:
     if config.model.path:
         return Path(config.model.path).expanduser()
     return ensure_tiny(workdir / "model", config.model.tiny, digits.texts(), config.seed)
 
 
 @contextlib.contextmanager
-def _verifiers(config: ConfigDict) -> Iterator[VerifierClient | InProcess]:
+def _verifiers(config: Any) -> Iterator[VerifierClient | InProcess]:
     """The verifiers of the config: in this process, at given addresses, or a server of our own."""
     with contextlib.ExitStack() as stack:
         if config.verifiers.mode == "in_process":
             yield stack.enter_context(InProcess(workers=config.verifiers.workers))
             return
-        addresses = tuple(config.verifiers.addresses)
+        addresses: Any = tuple(config.verifiers.addresses)
         if not addresses:
             server = stack.enter_context(VerifierServer(workers=config.verifiers.workers))
-            addresses = (server.address,)
+            addresses = server.addresses
         yield stack.enter_context(
             VerifierClient(addresses, timeout=config.verifiers.timeout_seconds)
         )

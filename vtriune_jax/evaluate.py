@@ -2,67 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
 
 from vtriune_jax.assemble import Parts
 from vtriune_jax.data.packing import stack_vision
+from vtriune_jax.metrics import SourceMean, per_source_means
+from vtriune_jax.rl.update import make_encode
 from vtriune_jax.rollout.local import Sampling
-from vtriune_jax.types import Completion, Group, Prompt, Verdict, Vision
-from vtriune_jax.verifiers.router import Item
+from vtriune_jax.types import Group, Verdict
+from vtriune_jax.verifiers.item import Item
+from vtriune_jax.writers import write_atomic
 
-Encode = Callable[[Any, Vision], Float[Array, "rows units embed"]]
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Completions of the held-out samples, one each, and what the verifiers say of them."""
+
+    groups: Sequence[Group]
+    verdicts: Sequence[Sequence[Verdict]]
+
+    def means(self) -> dict[str, SourceMean]:
+        """The mean reward per data source."""
+        return per_source_means(self.groups, self.verdicts)
 
 
-def evaluate(parts: Parts, encode: Encode, params: Any) -> tuple[list[Group], list[list[Verdict]]]:
+def evaluate(parts: Parts, params: Any) -> HeldOut:
     """Completes and judges every held-out sample once, `config.eval.batch` at a time.
 
     Boxes are judged at the fixed threshold `config.eval.iou_threshold`, not at the dynamic one of
     training, so that numbers before and after are of the same thing.
     """
-    config = parts.config
+    keys = parts.config.eval
     sampling = Sampling(
-        n=1, temperature=config.eval.temperature, max_tokens=parts.slots.completion_tokens
+        n=1, temperature=keys.temperature, max_tokens=parts.slots.completion_tokens
     )
-    key = jax.random.key(config.seed)
-    prompts = [parts.prompt(sample) for sample in parts.heldout]
+    params = parts.place(params)
+    encode = make_encode(parts.graphdef, parts.mesh, params)
+    key = jax.random.key(parts.config.seed)
     groups: list[Group] = []
     pending = []
-    for start in range(0, len(prompts), config.eval.batch):
-        chunk = prompts[start : start + config.eval.batch]
+    for start in range(0, len(parts.heldout), keys.batch):
+        chunk = [parts.prompter(sample) for sample in parts.heldout[start : start + keys.batch]]
         # The last chunk is filled up with repetitions: one shape, one compilation.
-        full = (chunk * config.eval.batch)[: config.eval.batch]
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jax.numpy.arange(len(full)))
+        full = [chunk[i % len(chunk)] for i in range(keys.batch)]
+        each = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(keys.batch))
         features = encode(params, stack_vision(full, parts.slots))
         answered = parts.engine.generate(
-            params, full, features, sampling, keys, parts.slots.prompt_tokens
+            params, full, features, sampling, each, parts.slots.prompt_tokens
         )[: len(chunk)]
         groups += answered
-        pending.append(parts.verifiers.submit(items(answered, threshold=config.eval.iou_threshold)))
-    verdicts = [verdict for future in pending for verdict in future.result()]
-    return groups, [[verdict] for verdict in verdicts]
+        pending.append(parts.verifiers.submit(items(answered, parts, threshold=keys.iou_threshold)))
+    return HeldOut(groups, [[verdict] for future in pending for verdict in future.result()])
 
 
 def items(
-    groups: Sequence[Group], progress: float = 1.0, threshold: float | None = None
+    groups: Sequence[Group],
+    parts: Parts,
+    *,
+    progress: float = 1.0,
+    threshold: float | None = None,
 ) -> list[Item]:
-    """What the verifiers are asked about each completion, group by group."""
+    """What the verifiers are asked: one item per completion, group by group."""
+    patch = parts.model_config.vision.patch_size
     return [
-        item(group.prompt, completion, progress, threshold)
+        Item(
+            completion=completion.text,
+            reward=group.prompt.sample.reward,
+            progress=progress,
+            grid=tuple((int(h) * patch, int(w) * patch) for _, h, w in group.prompt.grid_thw),
+            threshold=threshold,
+        )
         for group in groups
         for completion in group.completions
     ]
 
 
-def item(prompt: Prompt, completion: Completion, progress: float, threshold: float | None) -> Item:
-    """One question to the verifiers: a completion, how it wants to be judged, the images' sizes."""
-    return Item(
-        completion=completion.text,
-        reward=prompt.sample.reward,
-        progress=progress,
-        grid=prompt.image_sizes,
-        threshold=threshold,
-    )
+def save_means(path: Path, means: Mapping[str, SourceMean]) -> None:
+    """Writes the means of an evaluation as JSON, atomically."""
+    write_atomic(path, json.dumps({s: asdict(mean) for s, mean in means.items()}, indent=2) + "\n")
+
+
+def read_means(path: Path) -> dict[str, SourceMean] | None:
+    """The means that `save_means` wrote, or None."""
+    if not path.exists():
+        return None
+    return {source: SourceMean(**mean) for source, mean in json.loads(path.read_text()).items()}

@@ -55,7 +55,8 @@ def make_mesh(
             f"product is {len(devices)}, or -1 for the rest"
         )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
+    kinds = (AxisType.Auto,) * 3
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -46,7 +46,7 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of the V-Triune schema; `images` stay encoded (PNG, JPEG, …) until they are needed."""
+    """One row of the V-Triune schema; `images` stay encoded (PNG, JPEG, …) until needed."""
 
     data_source: str
     id: str
@@ -66,8 +66,8 @@ class Sample:
 class Vision:
     """The images of a row (or of several, with leading axes), cut into windows of the ViT.
 
-    Edge windows are padded, so that the shapes are static; `segments` is 0 in the padding and counts
-    the image frames of the row from 1. Slots of one unit (2×2 patches) are neighbours.
+    Edge windows are padded, so that the shapes are static; `segments` is 0 in the padding and
+    counts the image frames of the row from 1. Slots of one unit (2×2 patches) are neighbours.
     """
 
     patches: Float[Array, "*rows windows slots patch"] | np.ndarray
@@ -121,7 +121,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judgement of one completion. `score` and `parts` mean something only when `status` is ok."""
+    """The judgement of one completion; `score` and `parts` mean something only if it is ok."""
 
     status: Literal["ok", "timeout", "error"]
     score: float = 0.0

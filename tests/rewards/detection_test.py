@@ -16,6 +16,8 @@ from vtriune_jax.rewards.detection import (
 )
 
 THRESHOLDS = (0.3, 0.5, 0.75, 0.95)
+PARTS = jax.jit(detection_parts)
+MAP = jax.jit(jax.vmap(coco_map))
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +121,7 @@ def padded(sides, boxes):
     for row, side in enumerate(sides):
         for k, (box, label) in enumerate(side):
             coords[row, k], labels[row, k], mask[row, k] = box, label, True
-    return Boxes(coords, labels, mask)
+    return Boxes(*map(jnp.asarray, (coords, labels, mask)))
 
 
 def pairs(predicted, true):
@@ -149,7 +151,7 @@ def test_matching_equals_the_loops(images):
 def test_map_equals_the_loops(images):
     predicted, true = (padded(side, 14) for side in zip(*images, strict=True))
     iou, same, _ = pairs(predicted, true)
-    found = jax.jit(jax.vmap(coco_map))(iou, predicted, true, same)
+    found = MAP(iou, predicted, true, same)
     np.testing.assert_allclose(found, [reference_map(*image) for image in images], atol=1e-9)
 
 
@@ -158,7 +160,7 @@ def test_map_ranks_no_more_than_100_predictions_of_a_class():
     image = ([stray] * 99 + [box, stray], [box]), ([stray] * 100 + [box], [box])
     predicted, true = (padded(side, 101) for side in zip(*image, strict=True))
     iou, same, _ = pairs(predicted, true)
-    found = jax.vmap(coco_map)(iou, predicted, true, same)
+    found = MAP(iou, predicted, true, same)
     np.testing.assert_allclose(found[:, 0], [0.01, 0], atol=1e-9)
 
 
@@ -167,7 +169,7 @@ def test_a_recall_just_below_a_grid_point_does_not_reach_it():
     true = [([10.0 * k, 0.0, 10.0 * k + 9, 9.0], 0) for k in range(10)]
     predicted, truth = padded([true[:7]], 10), padded([true], 10)
     iou, same, _ = pairs(predicted, truth)
-    found = jax.vmap(coco_map)(iou, predicted, truth, same)
+    found = MAP(iou, predicted, truth, same)
     np.testing.assert_allclose(found[0], 70 / 101, atol=1e-9)
 
 
@@ -179,7 +181,7 @@ def test_parts_do_not_depend_on_padding_or_company(images):
     results = []
     for boxes in (12, 20):
         sides = [padded(side, boxes) for side in zip(*few, strict=True)]
-        results.append(jax.jit(detection_parts)(*sides, at, weights, share))
+        results.append(PARTS(*sides, at, weights, share))
     for name, values in results[0].items():
         np.testing.assert_array_equal(values, results[1][name], err_msg=name)
 
@@ -189,7 +191,7 @@ def test_accuracy_is_the_published_formula(images):
     sides = [padded(side, 14) for side in zip(*images, strict=True)]
     rows = len(images)
     weights = np.tile([1.0, 0, 0, 0, 0], (rows, 1))
-    parts = jax.jit(detection_parts)(*sides, np.full(rows, at), weights, np.full(rows, share))
+    parts = PARTS(*sides, np.full(rows, at), weights, np.full(rows, share))
     for k, (predicted, true) in enumerate(images):
         credit, count = reference_label_first(predicted, true, at)
         complete = 1 - ((len(true) - count) / len(true) + 1 - count / max(len(predicted), 1)) / 2
@@ -205,10 +207,10 @@ def test_accuracy_is_the_published_formula(images):
 def test_nothing_predicted_and_an_empty_batch():
     true = [([0.0, 0.0, 9.0, 9.0], 0)]
     sides = padded([[]], 3), padded([true], 3)
-    parts = detection_parts(*sides, np.ones(1), np.ones((1, len(WEIGHTS))), np.full(1, 0.3))
+    parts = PARTS(*sides, np.ones(1), np.ones((1, len(WEIGHTS))), np.full(1, 0.3))
     assert all(float(value[0]) == 0 for value in parts.values())
     none = padded([], 3)
-    parts = detection_parts(none, none, np.ones(0), np.ones((0, len(WEIGHTS))), np.ones(0))
+    parts = PARTS(none, none, np.ones(0), np.ones((0, len(WEIGHTS))), np.ones(0))
     assert all(value.shape == (0,) for value in parts.values())
 
 
@@ -217,7 +219,7 @@ def test_float32_serves_on_an_accelerator(images):
         sides = [padded(side, 14) for side in zip(*images[:8], strict=True)]
         sides = [Boxes(jnp.float32(s.coords), jnp.int32(s.labels), s.mask) for s in sides]
         one = jnp.ones(8, jnp.float32)
-        parts = detection_parts(*sides, one * 0.5, jnp.ones((8, len(WEIGHTS))), one * 0.3)
+        parts = PARTS(*sides, one * 0.5, jnp.ones((8, len(WEIGHTS))), one * 0.3)
     assert {value.dtype for value in parts.values()} == {jnp.dtype("float32")}
     expected = [reference_map(*image)[1] for image in images[:8]]
     np.testing.assert_allclose(parts["map50"], expected, atol=1e-5)

@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ def test_boundaries_belong_to_the_lower_stage(x64):
 
 
 def test_any_number_of_stages():
-    found = stepped_threshold(np.array([0.4, 0.6]), bounds=(0.5,), values=(0.2, 0.3))
+    found = stepped_threshold(jnp.array([0.4, 0.6]), bounds=(0.5,), values=(0.2, 0.3))
     np.testing.assert_allclose(found, [0.2, 0.3], rtol=1e-6)
     assert float(stepped_threshold(0.5, bounds=(), values=(0.7,))) == pytest.approx(0.7)
 
@@ -28,6 +29,6 @@ def test_stages_that_do_not_fit_their_bounds():
 
 def test_combination_and_size_penalty():
     assert combine(1.0, 0.0, 1.0, 0.1) == pytest.approx(1 / 1.1)
-    assert size_penalty(5, 3) == size_penalty(3, 5) == pytest.approx(0.36)
-    mixed = combine(np.array([1.0, 0.5]), np.array([1.0, 0.0]), 1.0, np.array([0.1, 0.0]))
-    np.testing.assert_allclose(mixed, [1.0, 0.5])
+    assert size_penalty(5.0, 3.0) == size_penalty(3.0, 5.0) == pytest.approx(0.36)
+    mixed = combine(jnp.array([1.0, 0.5]), jnp.array([1.0, 0.0]), 1.0, jnp.array([0.1, 0.0]))
+    np.testing.assert_allclose(mixed, [1.0, 0.5], rtol=1e-6)

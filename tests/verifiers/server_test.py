@@ -56,7 +56,7 @@ def test_a_request_as_another_program_would_send_it(web):
         b'{"items": [{"completion": "x"}]}',
         b'{"items": [{"completion": 7, "reward": {"verifier": "x", "ground_truth": ""}}]}',
         b'{"items": [{"completion": "", "reward": {"verifier": "x", "truth": ""}}]}',
-        b'{"items": [{"completion": "", "grid": 1, "reward": {"verifier": "x", "ground_truth": ""}}]}',
+        b'{"items": [{"completion":"", "grid": 1,"reward": {"verifier": "", "ground_truth": ""}}]}',
         b'{"items": [{"completion": "", "reward": ["x", "y"]}]}',
         b'{"items": ' + b"[" * 50_000,
     ],

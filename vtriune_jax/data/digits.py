@@ -7,11 +7,11 @@ pixels are one image token of Qwen2.5-VL (patches of 14, merged 2×2). Training 
 
 | task      | canvas  | question                              | judged by                       |
 |-----------|---------|---------------------------------------|---------------------------------|
-| counting  | 112×112 | how many of a digit                   | mathverify, free form           |
-| ocr       | 112×56  | read the number                       | mathverify, free form           |
-| math      | 112×56  | sum, difference, product of two       | mathverify, think/answer tags   |
-| detection | 112×112 | boxes of every instance of a digit    | detection, 0..1000 ground truth |
-| grounding | 112×112 | box of one digit                      | detection, pixel ground truth   |
+| counting  | 84×84   | how many of a digit                   | mathverify, free form           |
+| ocr       | 84×28   | read the number                       | mathverify, free form           |
+| math      | 56×28   | sum, difference, product of two       | mathverify, think/answer tags   |
+| detection | 84×84   | boxes of every instance of a digit    | detection, 0..1000 ground truth |
+| grounding | 84×84   | box of one digit                      | detection, pixel ground truth   |
 """
 
 from __future__ import annotations
@@ -117,31 +117,25 @@ def texts() -> list[str]:
 def _counting(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer]:
     alphabet = rng.choice(10, size=3, replace=False)
     count = int(rng.integers(0, 5))
-    others = int(rng.integers(max(0, 3 - count), 8 - count))
+    others = int(rng.integers(max(0, 2 - count), 7 - count))
     values = [alphabet[0]] * count + list(rng.choice(alphabet[1:], size=others))
-    cells = _scatter(rng, (4, 4), values)
+    cells = _scatter(rng, (3, 3), values)
     seen = " ".join(map(str, cells.values()))
     question = _pick(rng, _COUNT).format(d=alphabet[0])
-    return (4, 4), cells, (question, f"I see {seen}.\n\\boxed{{{count}}}", _math(count))
+    return (3, 3), cells, (question, f"I see {seen}.\n\\boxed{{{count}}}", _math(count))
 
 
 def _ocr(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer]:
-    length = int(rng.integers(2, 5))
+    length = int(rng.integers(1, 4))
     values = [int(rng.integers(1, 10)), *rng.integers(0, 10, size=length - 1).tolist()]
-    row, left = int(rng.integers(2)), int(rng.integers(0, 5 - length))
-    cells = {(row, left + k): value for k, value in enumerate(values)}
+    cells = {(0, k): value for k, value in enumerate(values)}
     number = "".join(map(str, values))
-    return (2, 4), cells, (_pick(rng, _READ), f"\\boxed{{{number}}}", _math(number))
+    return (1, 3), cells, (_pick(rng, _READ), f"\\boxed{{{number}}}", _math(number))
 
 
 def _arithmetic(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer]:
     left, right = (int(v) for v in rng.integers(0, 10, size=2))
-    columns = rng.choice(4, size=2, replace=False)
-    rows = rng.integers(0, 2, size=2)
-    cells = {
-        (int(rows[0]), int(columns.min())): left,
-        (int(rows[1]), int(columns.max())): right,
-    }
+    cells = {(0, 0): left, (0, 1): right}
     high, low = max(left, right), min(left, right)
     texts, work, result = (
         (_SUM, f"{left} + {right}", left + right),
@@ -151,28 +145,28 @@ def _arithmetic(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answe
     demonstration = (
         f"<think>\n{work} = {result}\n</think>\n<answer>\n\\boxed{{{result}}}\n</answer>"
     )
-    return (2, 4), cells, (_pick(rng, texts), demonstration, _math(result, format_ratio=0.1))
+    return (1, 2), cells, (_pick(rng, texts), demonstration, _math(result, format_ratio=0.1))
 
 
 def _detection(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer]:
     target = int(rng.integers(10))
-    count = int(rng.choice([1, 2, 3], p=[0.5, 0.4, 0.1]))
-    others = int(rng.integers(max(1, 3 - count), 7 - count))
+    count = int(rng.choice([1, 2], p=[0.6, 0.4]))
+    others = int(rng.integers(1, 5 - count))
     different = [digit for digit in range(10) if digit != target]
-    cells = _scatter(rng, (4, 4), [target] * count + list(rng.choice(different, size=others)))
+    cells = _scatter(rng, (3, 3), [target] * count + list(rng.choice(different, size=others)))
     places = [place for place, digit in cells.items() if digit == target]
     question = (_pick(rng, _DETECT) + _BOXES).format(d=target)
     demonstration, reward = _boxes(f"I see {count}.", target, places, normalized=True)
-    return (4, 4), cells, (question, demonstration, reward)
+    return (3, 3), cells, (question, demonstration, reward)
 
 
 def _grounding(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer]:
-    values = rng.choice(10, size=int(rng.integers(3, 7)), replace=False).tolist()
-    cells = _scatter(rng, (4, 4), values)
+    values = rng.choice(10, size=int(rng.integers(2, 5)), replace=False).tolist()
+    cells = _scatter(rng, (3, 3), values)
     places = [place for place, digit in cells.items() if digit == values[0]]
     question = (_pick(rng, _GROUND) + _BOX).format(d=values[0])
     demonstration, reward = _boxes("I see it.", values[0], places, normalized=False)
-    return (4, 4), cells, (question, demonstration, reward)
+    return (3, 3), cells, (question, demonstration, reward)
 
 
 TASKS: dict[str, Callable[[np.random.Generator], tuple[tuple[int, int], Cells, Answer]]] = {
@@ -198,7 +192,8 @@ def _boxes(
 ) -> tuple[str, RewardConfig]:
     """Demonstration and reward; the format asks for a line break before `<answer>`."""
     pixels = [[c * CELL, r * CELL, (c + 1) * CELL, (r + 1) * CELL] for r, c in places]
-    truth = [[v * 1000 // (4 * CELL) for v in box] for box in pixels] if normalized else pixels
+    grid = [[round(v * 1000 / (3 * CELL)) for v in box] for box in pixels]
+    truth = grid if normalized else pixels
     answer = str([{"bbox_2d": box, "label": str(digit)} for box in truth])
     compact = json.dumps(
         [{"bbox_2d": box, "label": str(digit)} for box in pixels], separators=(",", ":")
@@ -246,16 +241,16 @@ def _draw(
     split: Literal["train", "heldout"],
     rng: np.random.Generator,
 ) -> Image.Image:
-    """Bright digits on a dark, slightly coloured ground; both differ from picture to picture."""
+    """Bright digits on grey; both differ a little in colour from picture to picture."""
     glyphs, values = _glyphs()
     allowed = np.arange(len(values)) < TRAIN_DIGITS
     allowed = allowed if split == "train" else ~allowed
-    ground = rng.uniform(0, 60, size=3)
+    ground = rng.uniform(100, 130, size=3)
     canvas = np.ones((shape[0] * CELL, shape[1] * CELL, 3), np.float32) * ground
     for (row, column), value in cells.items():
         glyph = glyphs[rng.choice(np.flatnonzero(allowed & (values == value)))][..., None]
         y, x = np.array([row, column]) * CELL + 2 + rng.integers(-2, 3, size=2)
-        ink = rng.uniform(170, 255)
+        ink = rng.uniform(215, 255)
         part = canvas[y : y + 24, x : x + 24]
         part += glyph * (ink - part)
     return Image.fromarray(canvas.round().astype(np.uint8))

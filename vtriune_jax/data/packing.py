@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vtriune_jax.errors import UserError
+from vtriune_jax.models import layout
 from vtriune_jax.types import Batch, Group, Prompt, Vision
 
 
@@ -27,8 +28,6 @@ class Slots:
     completion_tokens: int
     windows: int
     pad_id: int
-    banned_ids: frozenset[int] = frozenset()
-    """Ids without a meaning in a completion (image placeholders): masked out of the loss."""
 
 
 def pack(
@@ -68,7 +67,7 @@ def pack(
         positions[row, :, prompt_slot:end] = prompt.positions.max() + 1 + np.arange(length)
         segments[row, start:end] = 1
         image_index[row, start:prompt_slot] = prompt.image_index
-        mask[row, :length] = ~np.isin(completion.ids, list(slots.banned_ids))
+        mask[row, :length] = 1.0
         logps[row, :length] = completion.logps
     repeats = np.asarray([len(group.completions) for group in groups])
     flat_weights = np.asarray(weights, np.float32).reshape(count, 1)
@@ -82,7 +81,7 @@ def pack(
         mask=mask * flat_weights,
         advantages=np.broadcast_to(flat_advantages, mask.shape),
         rollout_logps=logps,
-        source=np.asarray([sources[group.prompt.sample.data_source] for group, _ in rows], np.int32),
+        source=np.array([sources[g.prompt.sample.data_source] for g, _ in rows], np.int32),
         vision=None if features is not None else stack_vision([g.prompt for g, _ in rows], slots),
         features=None if features is None else repeat_features(features[: len(prompts)], repeats),
     )
@@ -99,10 +98,7 @@ def stack_vision(prompts: Sequence[Prompt], slots: Slots) -> Vision:
     """The images of several prompts, each padded to `slots.windows` windows."""
     for prompt in prompts:
         _check_windows(prompt, slots)
-    return jax.tree.map(
-        lambda *leaves: np.stack([_pad_first(leaf, slots.windows) for leaf in leaves]),
-        *[prompt.vision for prompt in prompts],
-    )
+    return layout.stack_visions([prompt.vision for prompt in prompts], slots.windows)
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
@@ -114,11 +110,6 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
     return [
         jax.tree.map(lambda leaf, k=k: leaf[k * size : (k + 1) * size], batch) for k in range(parts)
     ]
-
-
-def _pad_first(leaf: np.ndarray, size: int) -> np.ndarray:
-    padding = [(0, size - leaf.shape[0])] + [(0, 0)] * (leaf.ndim - 1)
-    return np.pad(leaf, padding)
 
 
 def _check_fits(prompt: Prompt, completion: int, slots: Slots) -> None:

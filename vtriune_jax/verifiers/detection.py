@@ -23,6 +23,7 @@ Different from the original on purpose:
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,8 +43,10 @@ from vtriune_jax.verifiers.worker import guarded
 
 _PUBLISHED = {"iou_max_label_first": 1.0, "iou_completeness": 0.3}
 _GRID = 1000.0
-_BUCKETS = ((8, 32), (16, 32), (32, 32), (128, 8), (512, 1))
+_BUCKETS = ((8, 32), (32, 32), (128, 8), (512, 1))
 """(boxes, images) of the shapes that are compiled; the last bounds the boxes that are matched."""
+
+_one_compiles = threading.Lock()  # else the first requests, which come together, all would
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,8 @@ def _score_bucket(cases: Sequence[_Case], boxes: int, rows: int) -> list[dict[st
                 labels[side, row, :n] = [words.setdefault(box.label, len(words)) for box in listed]
         threshold[row], progress[row] = case.threshold, case.progress
         weights[row], share[row] = case.weights, case.completeness
-    scores = _score(coords, labels, threshold, progress, weights, share)
+    with _one_compiles:
+        scores = _score(coords, labels, threshold, progress, weights, share)
     columns = {name: np.asarray(values).tolist() for name, values in scores.items()}
     return [
         _parts(case, boxes, {name: column[row] for name, column in columns.items()})
