@@ -20,13 +20,24 @@ def get_config() -> Any:
     config.data.max_pixels = 112 * 112
     config.data.cot_prompts = False
 
-    config.batch.prompt_tokens = 128
-    config.batch.completion_tokens = 64
+    config.model.tiny.layers = 3
+    config.model.tiny.intermediate = 320
+    config.model.tiny.vision_hidden = 96
+    config.model.tiny.vision_intermediate = 240
+    config.model.tiny.vision_depth = 3
+    config.model.tiny.vision_heads = 4
+    config.model.tiny.full_attention_layers = (2,)
+
+    config.model.remat = "full"  # on a CPU, recomputing is cheaper than memory traffic
+
+    config.batch.prompt_tokens = 80
+    config.batch.completion_tokens = 56
     config.batch.windows = 4
 
-    config.sft.steps = 300
+    config.sft.steps = 1200
     config.sft.lr = 1e-3
-    config.sft.warmup_steps = 20
+    config.sft.betas = (0.9, 0.95)
+    config.sft.warmup_steps = 50
 
     config.grpo.steps = 60
     config.grpo.prompts = 16

@@ -7,8 +7,8 @@ import json
 
 import jax
 import numpy as np
-from tiny_update import SFT, build, make_batch
 
+from tests.rl.tiny_update import SFT, build, make_batch
 from vtriune_jax import sharding
 
 LAYOUTS = {

@@ -18,7 +18,7 @@ def report():
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is what takes the time
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent / "rl")]),
+        "PYTHONPATH": str(HERE.parents[1]),
     }
     done = subprocess.run(
         [sys.executable, "-W", "error", HERE / "update_layouts.py"],

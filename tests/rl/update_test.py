@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny_update
-from tiny_update import COMPLETION, CONFIG, FREEZE, GRPO, ROWS, SFT, TX, build, make_batch
 
+from tests.rl import tiny_update
+from tests.rl.tiny_update import COMPLETION, CONFIG, FREEZE, GRPO, ROWS, SFT, TX, build, make_batch
 from vtriune_jax import models, sharding
 from vtriune_jax.errors import UserError
 from vtriune_jax.optim import partition
@@ -51,11 +51,10 @@ def sft():
 
 def dense_logps(model, batch, features, banned):
     """[rows, completion] by the shortest way: all logits, log_softmax, pick."""
+    batch, features = jax.tree.map(jnp.asarray, (batch, features))
     hidden = model(batch.ids, batch.positions, batch.segments, features, batch.image_index)
     logits = (hidden @ model.head()).at[..., jnp.array(banned)].set(-jnp.inf)
-    logps = jnp.take_along_axis(
-        jax.nn.log_softmax(logits)[:, :-1], jnp.asarray(batch.ids)[:, 1:, None], 2
-    )
+    logps = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], batch.ids[:, 1:, None], 2)
     return logps[:, -COMPLETION:, 0]
 
 
@@ -78,9 +77,13 @@ def test_grpo_equals_a_plain_implementation(grpo):
     np.testing.assert_allclose(ratio(sums["grad_norm"]), optax.tree.norm(grads), rtol=1e-5)
     assert 0 < ratio(sums["clip_fraction"]) < 1
     assert ratio(sums["kl"]) > 0
-    tx_state = TX.init({"language": before["language"]})
-    changes, _ = TX.update({"language": grads}, tx_state, {"language": before["language"]})
-    expected = optax.apply_updates({"language": before["language"]}, changes)
+
+    @jax.jit
+    def step(params, grads):
+        changes, _ = TX.update(grads, TX.init(params), params)
+        return optax.apply_updates(params, changes)
+
+    expected = step({"language": before["language"]}, {"language": grads})
     for got, want in zip(
         jax.tree.leaves(state.params["language"]), jax.tree.leaves(expected), strict=True
     ):
@@ -197,8 +200,9 @@ def test_sft_trains_the_vision_tower_too(sft):
     for _ in range(12):
         state, sums = update(state, batch)
         losses.append(ratio(sums["loss"]))
-    model = models.merge(graphdef, before)
-    logps = dense_logps(model, batch, model.encode(batch.vision), CONFIG.banned_ids)
+    model = models.merge(graphdef, jax.tree.map(jnp.asarray, before))
+    features = model.encode(jax.tree.map(jnp.asarray, batch.vision))
+    logps = dense_logps(model, batch, features, CONFIG.banned_ids)
     expected = -jnp.where(batch.mask > 0, logps, 0.0).sum() / batch.mask.sum()
     np.testing.assert_allclose(losses[0], expected, rtol=1e-5)
     assert losses[-1] < losses[0] - 0.1
