@@ -148,7 +148,8 @@ class Checkpointer:
 
     def _check_space(self, state: TrainState) -> None:
         """Refuses to start what cannot be finished: Orbax's own reaction is pages of tracebacks."""
-        needed = sum(
+        self._manager.wait_until_finished()  # as saving does: what is being written takes space too
+        needed = _OVERHEAD + sum(
             shard.data.nbytes
             for array in jax.tree.leaves(state)
             for shard in array.addressable_shards
@@ -179,6 +180,8 @@ def layout(state: TrainState) -> dict[str, str]:
     }
 
 
+_OVERHEAD = 2**20
+"""Bytes of a checkpoint that are not arrays, at most."""
 _UNREADABLE = (ValueError, KeyError, OSError)
 
 

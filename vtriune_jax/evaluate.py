@@ -40,9 +40,7 @@ def evaluate(parts: Parts, params: Any) -> HeldOut:
     training, so that numbers before and after are of the same thing.
     """
     keys = parts.config.eval
-    sampling = Sampling(
-        n=1, temperature=keys.temperature, max_tokens=parts.slots.completion_tokens
-    )
+    sampling = Sampling(n=1, temperature=keys.temperature, max_tokens=parts.slots.completion_tokens)
     params = parts.place(params)
     encode = make_encode(parts.graphdef, parts.mesh, params)
     key = jax.random.key(parts.config.seed)

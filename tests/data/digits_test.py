@@ -30,11 +30,11 @@ def test_rows_are_deterministic_and_do_not_depend_on_their_number(task):
 @pytest.mark.parametrize(
     ("task", "size"),
     [
-        ("counting", (112, 112)),
-        ("ocr", (56, 112)),
-        ("math", (56, 112)),
-        ("detection", (112, 112)),
-        ("grounding", (112, 112)),
+        ("counting", (84, 84)),
+        ("ocr", (28, 84)),
+        ("math", (28, 56)),
+        ("detection", (84, 84)),
+        ("grounding", (84, 84)),
     ],
 )
 def test_canvases_are_whole_image_tokens(task, size):
@@ -55,7 +55,8 @@ def test_train_and_heldout_use_different_digit_images(monkeypatch):
     for split in ("train", "heldout"):
         for task in digits.TASKS:
             list(digits.samples(task, split, 60))
-    assert max(used["train"]) < digits.TRAIN_DIGITS == 1400 <= min(used["heldout"])
+    assert not used["train"] & used["heldout"]
+    assert {digit % 5 for digit in used["heldout"]} == {4}
     assert len(used["train"]) > 300
     assert len(used["heldout"]) > 200
 
@@ -67,7 +68,7 @@ def test_counting_counts_what_its_demonstration_reads():
         seen, answer = re.fullmatch(
             r"I see ((?:\d ?)+)\.\n\\boxed\{(\d)\}", sample.demonstration
         ).groups()
-        assert 3 <= len(seen.split()) <= 7
+        assert 2 <= len(seen.split()) <= 6
         assert seen.split().count(asked[0]) == int(answer)
         assert sample.reward.ground_truth == f"\\boxed{{{answer}}}"
         counts[answer] += 1
@@ -76,7 +77,7 @@ def test_counting_counts_what_its_demonstration_reads():
 
 def test_ocr_numbers():
     numbers = [s.reward.answer for s in digits.samples("ocr", "train", 100)]
-    assert {len(n) for n in numbers} == {2, 3, 4}
+    assert {len(n) for n in numbers} == {1, 2, 3}
     assert all(n[0] != "0" for n in numbers)
 
 

@@ -1,9 +1,9 @@
 """The built-in data: scikit-learn's handwritten digits composed into small visual tasks.
 
 1,797 real 8×8 pictures of digits, enlarged and pasted on canvases made of cells of 28×28 pixels; 28
-pixels are one image token of Qwen2.5-VL (patches of 14, merged 2×2). Training rows use the first
-1,400 digits only, held-out rows the last 397. A box is *the cell* of its digit, in pixels
-[x1, y1, x2, y2]: the digit itself (24×24, moved by up to 2 pixels) fills nearly all of it.
+pixels are one image token of Qwen2.5-VL (patches of 14, merged 2×2). Every fifth digit is held out:
+training rows use the other 1,438 only, held-out rows these 359. A box is *the cell* of its digit, in
+pixels [x1, y1, x2, y2]: the digit itself (24×24, moved by up to 2 pixels) fills nearly all of it.
 
 | task      | canvas  | question                              | judged by                       |
 |-----------|---------|---------------------------------------|---------------------------------|
@@ -29,7 +29,6 @@ from vtriune_jax.data.schema import DETECTION_RATIOS, IMAGE
 from vtriune_jax.types import Message, RewardConfig, Sample
 
 CELL = 28
-TRAIN_DIGITS = 1400
 
 Cells = dict[tuple[int, int], int]
 """(row, column) of a cell → the digit in it; in reading order."""
@@ -119,8 +118,9 @@ def _counting(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer]
     count = int(rng.integers(0, 5))
     others = int(rng.integers(max(0, 2 - count), 7 - count))
     values = [alphabet[0]] * count + list(rng.choice(alphabet[1:], size=others))
-    cells = _scatter(rng, (3, 3), values)
-    seen = " ".join(map(str, cells.values()))
+    values = rng.permutation(values).tolist()
+    cells = {divmod(k, 3): value for k, value in enumerate(values)}
+    seen = " ".join(map(str, values))
     question = _pick(rng, _COUNT).format(d=alphabet[0])
     return (3, 3), cells, (question, f"I see {seen}.\n\\boxed{{{count}}}", _math(count))
 
@@ -222,6 +222,11 @@ def _scatter(rng: np.random.Generator, shape: tuple[int, int], values: Sequence[
 # ------------------------------------------------------------------------------------ pictures
 
 
+def is_heldout(digit: np.ndarray) -> np.ndarray:
+    """Whether digits (by their number in scikit-learn's data) appear in held-out rows only."""
+    return digit % 5 == 4
+
+
 @functools.cache
 def _glyphs() -> tuple[np.ndarray, np.ndarray]:
     """All digits as [1797, 24, 24] in 0..1, and their values [1797]."""
@@ -241,12 +246,17 @@ def _draw(
     split: Literal["train", "heldout"],
     rng: np.random.Generator,
 ) -> Image.Image:
-    """Bright digits on grey; both differ a little in colour from picture to picture."""
+    """Bright digits on a ground that gets redder to the right and bluer to the bottom.
+
+    So a model without pre-training can tell places apart: Qwen2.5-VL knows positions only relative
+    to each other, and needs long training to count from the border.
+    """
     glyphs, values = _glyphs()
-    allowed = np.arange(len(values)) < TRAIN_DIGITS
-    allowed = allowed if split == "train" else ~allowed
-    ground = rng.uniform(100, 130, size=3)
-    canvas = np.ones((shape[0] * CELL, shape[1] * CELL, 3), np.float32) * ground
+    allowed = is_heldout(np.arange(len(values))) == (split == "heldout")
+    height, width = shape[0] * CELL, shape[1] * CELL
+    canvas = np.full((height, width, 3), rng.uniform(90, 110), np.float32)
+    canvas[..., 0] += np.linspace(-60, 60, 3 * CELL)[None, :width]
+    canvas[..., 2] += np.linspace(-60, 60, 3 * CELL)[:height, None]
     for (row, column), value in cells.items():
         glyph = glyphs[rng.choice(np.flatnonzero(allowed & (values == value)))][..., None]
         y, x = np.array([row, column]) * CELL + 2 + rng.integers(-2, 3, size=2)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
+from safetensors import SafetensorError
 
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import layout, weights
@@ -134,10 +135,10 @@ def save_pretrained(
         for file in [*folder.glob(weights.SHARDS), folder / weights.SINGLE, folder / weights.INDEX]:
             if file.name not in names:
                 file.unlink(missing_ok=True)  # of an earlier save in other shards
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"cannot write the checkpoint {folder} ({error.strerror}); free space or choose "
-            "another folder"
+            f"cannot write the checkpoint {folder} ({reason}); free space or choose another folder"
         ) from None
 
 

@@ -70,7 +70,6 @@ def make_update(
         return sums["loss"][0].sum(), sums
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        sharding.check_rows(batch.ids.shape[0], mesh, micro_batches)
         trained, rest = partition(state.params, freeze)
 
         def gradient(batch: Batch) -> tuple[dict, Sums]:
@@ -94,12 +93,18 @@ def make_update(
         sums["skipped"] = 1.0 - good, jnp.ones(())
         return TrainState(state.step + 1, combine(trained, rest), opt_state), sums
 
-    return jax.jit(
+    jitted = jax.jit(
         update,
         in_shardings=(places, rows_place),
         out_shardings=(places, replicated),
         donate_argnums=0,
     )
+
+    def checked(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        sharding.check_rows(batch.ids.shape[0], mesh, micro_batches)  # before jit complains of it
+        return jitted(state, jax.device_put(batch, rows_place))  # features may lie elsewhere
+
+    return checked
 
 
 def make_encode(
@@ -112,14 +117,19 @@ def make_encode(
     rows_place = NamedSharding(mesh, sharding.ROWS)
 
     def encode(params: Any, vision: Vision) -> jax.Array:
-        sharding.check_rows(vision.patches.shape[0], mesh)
         return merge(graphdef, params).encode(vision)
 
-    return jax.jit(
+    jitted = jax.jit(
         encode,
         in_shardings=(sharding.shardings(params, mesh), rows_place),
         out_shardings=rows_place,
     )
+
+    def checked(params: Any, vision: Vision) -> jax.Array:
+        sharding.check_rows(vision.patches.shape[0], mesh)  # before jit complains of it
+        return jitted(params, vision)
+
+    return checked
 
 
 def _loss_sums(

@@ -1,0 +1,54 @@
+"""The command line of a tiny run, and what it leaves behind, as plain values."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from vtriune_jax import models
+from vtriune_jax.models import weights
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "tests" / "e2e" / "tiny.py"
+
+
+def arguments(workdir: Path, **values: object) -> list[str]:
+    """Flags of main: `sft_steps=3` is --config.sft.steps=3; a key's further words keep their _."""
+    return [f"--config={CONFIG}", f"--workdir={workdir}"] + [
+        f"--config.{key.replace('_', '.', 1)}={value}" for key, value in values.items()
+    ]
+
+
+def command(workdir: Path, **values: object) -> list[str]:
+    """The same as a program's command line."""
+    return [sys.executable, "-m", "vtriune_jax.main", *arguments(workdir, **values)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of such a program."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
+
+
+def records(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    text = (workdir / "metrics.jsonl").read_text()
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def timeless(record: dict) -> dict:
+    """A line without what differs from run to run."""
+    return {name: value for name, value in record.items() if not name.startswith("time/")}
+
+
+def params(folder: Path) -> dict[str, np.ndarray]:
+    """Path → array of a checkpoint in the Hugging Face layout."""
+    tree = models.split(models.load_pretrained(folder))[1]
+    return {path: np.asarray(leaf) for path, leaf in weights.flatten(tree).items()}
+
+
+def summary(workdir: Path) -> dict:
+    """What summary.json says."""
+    return json.loads((workdir / "summary.json").read_text())
