@@ -126,17 +126,13 @@ def get_config() -> Any:
         fsdp=-1,  # parts that parameters, optimizer state and rows are cut into
         tensor=1,  # parts that matrix products are cut into
     )
-    config["rollout"] = dict(
-        # Steps that generation runs ahead of training: 0 is on-policy, 1 overlaps the two.
-        ahead=0,
-    )
     config["verifiers"] = dict(
         # "server": an HTTP service, asked asynchronously; "in_process": a function call.
         mode="server",
         # Servers that run already, as ("http://host:port",); () starts one on this machine.
         addresses=(),
         workers=2,  # processes that judge, of the server that is started or of "in_process"
-        timeout_seconds=30.0,  # per completion; a late one is masked, never scored 0
+        timeout_seconds=5.0,  # per completion; a late one is masked, never scored 0
     )
     config["eval"] = dict(
         rows_per_source=64,  # held-out rows that are scored; 0 leaves the evaluation out

@@ -125,7 +125,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(key, expected):
         ("data.train", "()", "(source, weight above 0) pairs"),
         ("data.cot_prompts", "maybe", "must be of type bool"),
         ("mesh.fsdp", "0", "or -1 for the rest"),
-        ("rollout.ahead", "2", "0 or 1"),
+        ("log.seconds", "-1", "0 or more"),
         ("data.min_pixels", "9999999", "must not exceed data.max_pixels=4194304"),
         ("grpo.minibatches", "7", "choose 8190 or 8197"),
         ("grpo.minibatches", "2048", "a group stays in one minibatch"),
@@ -184,7 +184,7 @@ def test_a_config_is_found_from_any_directory(tmp_path, monkeypatch):
 def test_record_writes_once_and_lets_only_free_keys_change(tmp_path: Path):
     workdir = tmp_path / "runs" / "a"
     configs.record(configs.load(BASE), workdir)
-    configs.record(configs.load(BASE, [("grpo.steps", "9"), ("log.every", "3")]), workdir)
+    configs.record(configs.load(BASE, [("grpo.steps", "9"), ("log.seconds", "3")]), workdir)
     assert json.loads((workdir / "config.json").read_text())["grpo"]["steps"] == 9
     assert [path.name for path in workdir.iterdir()] == ["config.json"]
 

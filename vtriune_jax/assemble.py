@@ -142,14 +142,15 @@ def _checkpoint_path(config: Any, workdir: Path) -> Path:
 @contextlib.contextmanager
 def _verifiers(config: Any) -> Iterator[VerifierClient | InProcess]:
     """The verifiers of the config: in this process, at given addresses, or a server of our own."""
+    limit = config.verifiers.timeout_seconds
     with contextlib.ExitStack() as stack:
         if config.verifiers.mode == "in_process":
-            yield stack.enter_context(InProcess(workers=config.verifiers.workers))
+            yield stack.enter_context(InProcess(config.verifiers.workers, limit))
             return
         addresses: Any = tuple(config.verifiers.addresses)
         if not addresses:
-            server = stack.enter_context(VerifierServer(workers=config.verifiers.workers))
+            server = stack.enter_context(
+                VerifierServer(workers=config.verifiers.workers, limit=limit)
+            )
             addresses = server.addresses
-        yield stack.enter_context(
-            VerifierClient(addresses, timeout=config.verifiers.timeout_seconds)
-        )
+        yield stack.enter_context(VerifierClient(addresses))

@@ -102,13 +102,13 @@ RULES: tuple[tuple[str, Test, str], ...] = (
     (r"grpo\.top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
     (r"grpo\.top_k", not_negative, "0 (off) or more"),
     (r"mesh\.\w+", lambda size: size == -1 or size > 0, "above 0, or -1 for the rest"),
-    (r"rollout\.ahead", lambda steps: steps in (0, 1), "0 or 1"),
     (r"verifiers\.mode", *one_of("server", "in_process")),
     (r"verifiers\.(workers|timeout_seconds)", positive, "above 0"),
     (r"eval\.batch", positive, "above 0"),
     (r"eval\.(rows_per_source|temperature)", not_negative, "0 or more"),
     (r"eval\.iou_threshold", lambda iou: 0 < iou <= 1, "above 0 and at most 1"),
-    (r"(checkpoint|log)\.(every|keep)", positive, "above 0"),
+    (r"checkpoint\.(every|keep)", positive, "above 0"),
+    (r"log\.seconds", not_negative, "0 or more"),
     (r"seed|log\.samples", not_negative, "0 or more"),
 )
 """key → what its value must be like, besides having the type of base's; one line a key at most."""
@@ -132,6 +132,11 @@ RELATIONS: tuple[tuple[Test, str, tuple[str, ...]], ...] = (
         lambda prompts, minibatches: prompts % minibatches == 0,
         "{0} must be a multiple of {1}: a group stays in one minibatch",
         ("grpo.prompts", "grpo.minibatches"),
+    ),
+    (
+        lambda minibatches, top_p, top_k: minibatches == 1 or (top_p == 1 and top_k == 0),
+        "{0} above 1 needs {1} = 1 and {2} = 0: the ratio is to the whole sampling distribution",
+        ("grpo.minibatches", "grpo.top_p", "grpo.top_k"),
     ),
     (
         lambda section, hidden, heads: 2 * sum(section) * heads == hidden,

@@ -33,7 +33,7 @@ def test_rows_are_deterministic_and_do_not_depend_on_their_number(task):
         ("counting", (84, 84)),
         ("ocr", (28, 84)),
         ("math", (28, 56)),
-        ("detection", (84, 84)),
+        ("detection", (56, 112)),
         ("grounding", (84, 84)),
     ],
 )
@@ -98,7 +98,8 @@ def test_boxes_agree_in_pixels_and_on_the_grid(task):
     for sample in digits.samples(task, "train", 100):
         predicted = ast.literal_eval(sample.demonstration.split("\n")[2])
         truth = ast.literal_eval(sample.reward.ground_truth.split("\n")[1])
-        scale = 112 / 1000 if sample.reward.params["det_verifier_normalized"] else 1
+        height, width = picture(sample).shape[:2]
+        scale = np.array([width, height, width, height]) / 1000 if task == "detection" else 1
         assert sample.reward.params["det_verifier_normalized"] == (task == "detection")
         asked = re.search(r"\d", sample.messages[0].content)[0]
         for box, real in zip(predicted, truth, strict=True):
@@ -109,19 +110,19 @@ def test_boxes_agree_in_pixels_and_on_the_grid(task):
             assert cell.max() - cell.min() > 60, "nothing is drawn in the box"
         assert predicted == sorted(predicted, key=lambda b: (b["bbox_2d"][1], b["bbox_2d"][0]))
         numbers[len(predicted)] += 1
-    assert set(numbers) == ({1, 2, 3} if task == "detection" else {1})
+    assert set(numbers) == ({1, 2} if task == "detection" else {1})
 
 
 def test_as_many_bright_cells_as_digits():
     for sample in digits.samples("counting", "heldout", 20):
         image = picture(sample).astype(float).max(-1)
-        cells = image.reshape(4, 28, 4, 28).max((1, 3)) - image.min()
-        assert (cells > 60).sum() == len(re.findall(r"\d", sample.demonstration)) - 1
+        cells = image.reshape(3, 28, 3, 28).max((1, 3))
+        assert (cells > 200).sum() == len(re.findall(r"\d", sample.demonstration)) - 1
 
 
 def test_demonstrations_earn_the_whole_reward():
     samples = [s for task in digits.TASKS for s in digits.samples(task, "heldout", 8)]
-    items = [Item(s.demonstration, s.reward, 1.0, ((112, 112),)) for s in samples]
+    items = [Item(s.demonstration, s.reward, 1.0, (picture(s).shape[:2],)) for s in samples]
     router = Router(workers=1)
     verdicts = router.score(items)
     router.close()

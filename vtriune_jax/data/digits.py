@@ -1,16 +1,17 @@
 """The built-in data: scikit-learn's handwritten digits composed into small visual tasks.
 
-1,797 real 8×8 pictures of digits, enlarged and pasted on canvases made of cells of 28×28 pixels; 28
-pixels are one image token of Qwen2.5-VL (patches of 14, merged 2×2). Every fifth digit is held out:
-training rows use the other 1,438 only, held-out rows these 359. A box is *the cell* of its digit, in
-pixels [x1, y1, x2, y2]: the digit itself (24×24, moved by up to 2 pixels) fills nearly all of it.
+1,797 real 8×8 pictures of digits, enlarged and pasted on canvases made of cells of 28×28 pixels;
+28 pixels are one image token of Qwen2.5-VL (patches of 14, merged 2×2). Every fifth digit is held
+out: training rows use the other 1,438 only, held-out rows these 359. A box is *the cell* of its
+digit, in pixels [x1, y1, x2, y2]: the digit itself (24×24, moved by up to 2 pixels) fills nearly
+all of it.
 
 | task      | canvas  | question                              | judged by                       |
 |-----------|---------|---------------------------------------|---------------------------------|
 | counting  | 84×84   | how many of a digit                   | mathverify, free form           |
 | ocr       | 84×28   | read the number                       | mathverify, free form           |
 | math      | 56×28   | sum, difference, product of two       | mathverify, think/answer tags   |
-| detection | 84×84   | boxes of every instance of a digit    | detection, 0..1000 ground truth |
+| detection | 112×56  | boxes of every instance of a digit    | detection, 0..1000 ground truth |
 | grounding | 84×84   | box of one digit                      | detection, pixel ground truth   |
 """
 
@@ -153,11 +154,12 @@ def _detection(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer
     count = int(rng.choice([1, 2], p=[0.6, 0.4]))
     others = int(rng.integers(1, 5 - count))
     different = [digit for digit in range(10) if digit != target]
-    cells = _scatter(rng, (3, 3), [target] * count + list(rng.choice(different, size=others)))
+    shape = (2, 4)
+    cells = _scatter(rng, shape, [target] * count + list(rng.choice(different, size=others)))
     places = [place for place, digit in cells.items() if digit == target]
     question = (_pick(rng, _DETECT) + _BOXES).format(d=target)
-    demonstration, reward = _boxes(f"I see {count}.", target, places, normalized=True)
-    return (3, 3), cells, (question, demonstration, reward)
+    demonstration, reward = _boxes(f"I see {count}.", target, places, normalize=shape)
+    return shape, cells, (question, demonstration, reward)
 
 
 def _grounding(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer]:
@@ -165,7 +167,7 @@ def _grounding(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer
     cells = _scatter(rng, (3, 3), values)
     places = [place for place, digit in cells.items() if digit == values[0]]
     question = (_pick(rng, _GROUND) + _BOX).format(d=values[0])
-    demonstration, reward = _boxes("I see it.", values[0], places, normalized=False)
+    demonstration, reward = _boxes("I see it.", values[0], places)
     return (3, 3), cells, (question, demonstration, reward)
 
 
@@ -188,12 +190,23 @@ def _math(value: int | str, format_ratio: float = 0.0) -> RewardConfig:
 
 
 def _boxes(
-    thought: str, digit: int, places: Sequence[tuple[int, int]], *, normalized: bool
+    thought: str,
+    digit: int,
+    places: Sequence[tuple[int, int]],
+    *,
+    normalize: tuple[int, int] | None = None,
 ) -> tuple[str, RewardConfig]:
-    """Demonstration and reward; the format asks for a line break before `<answer>`."""
-    pixels = [[c * CELL, r * CELL, (c + 1) * CELL, (r + 1) * CELL] for r, c in places]
-    grid = [[round(v * 1000 / (3 * CELL)) for v in box] for box in pixels]
-    truth = grid if normalized else pixels
+    """Demonstration and reward; the format asks for a line break before `<answer>`.
+
+    The demonstration is in pixels, the truth too, unless `normalize` says of how many rows and
+    columns the canvas is: then it is on V-Triune's grid of 0…1000 in both directions.
+    """
+
+    def corners(height: int, width: int) -> list[list[int]]:
+        return [[c * width, r * height, (c + 1) * width, (r + 1) * height] for r, c in places]
+
+    pixels = corners(CELL, CELL)
+    truth = corners(1000 // normalize[0], 1000 // normalize[1]) if normalize else pixels
     answer = str([{"bbox_2d": box, "label": str(digit)} for box in truth])
     compact = json.dumps(
         [{"bbox_2d": box, "label": str(digit)} for box in pixels], separators=(",", ":")
@@ -203,7 +216,7 @@ def _boxes(
         ground_truth=f"<answer>\n{answer}\n</answer>",
         answer=answer,
         format_ratio=0.1,
-        params={"det_verifier_normalized": normalized, "det_reward_ratio": DETECTION_RATIOS},
+        params={"det_verifier_normalized": bool(normalize), "det_reward_ratio": DETECTION_RATIOS},
     )
     return f"{thought}\n<answer>\n{compact}\n</answer>", reward
 
@@ -255,8 +268,8 @@ def _draw(
     allowed = is_heldout(np.arange(len(values))) == (split == "heldout")
     height, width = shape[0] * CELL, shape[1] * CELL
     canvas = np.full((height, width, 3), rng.uniform(90, 110), np.float32)
-    canvas[..., 0] += np.linspace(-60, 60, 3 * CELL)[None, :width]
-    canvas[..., 2] += np.linspace(-60, 60, 3 * CELL)[:height, None]
+    canvas[..., 0] += np.linspace(-60, 60, 4 * CELL)[None, :width]
+    canvas[..., 2] += np.linspace(-60, 60, 4 * CELL)[:height, None]
     for (row, column), value in cells.items():
         glyph = glyphs[rng.choice(np.flatnonzero(allowed & (values == value)))][..., None]
         y, x = np.array([row, column]) * CELL + 2 + rng.integers(-2, 3, size=2)

@@ -1,0 +1,56 @@
+import pytest
+
+from configs import base
+from vtriune_jax.stages import plan
+
+BANNED = (5, 6)
+
+
+@pytest.fixture
+def config():
+    config = base.get_config()
+    config.sft.steps, config.sft.prompts, config.sft.lr = 7, 4, 0.5
+    config.grpo.steps, config.grpo.samples = 3, 5
+    return config
+
+
+def test_stages_follow_each_other(config):
+    sft, grpo = plan(config, BANNED)
+    assert [(s.name, s.number, s.start, s.steps) for s in (sft, grpo)] == [
+        ("sft", 0, 0, 7),
+        ("grpo", 1, 7, 3),
+    ]
+    config.stages = ("grpo",)
+    [grpo] = plan(config, BANNED)
+    assert (grpo.number, grpo.start) == (0, 0)
+
+
+def test_imitation_draws_nothing_and_rewards_need_groups(config):
+    sft, grpo = plan(config, BANNED)
+    assert (sft.samples, sft.sampling, sft.minibatches) == (0, None, 1)
+    assert (sft.loss.kind, grpo.loss.kind) == ("sft", "grpo")
+    assert sft.loss.banned_ids == grpo.loss.banned_ids == BANNED
+    assert grpo.samples == grpo.sampling.n == 5
+    assert grpo.sampling.max_tokens == config.batch.completion_tokens
+
+
+def test_each_stage_has_its_own_keys(config):
+    sft, grpo = plan(config, BANNED)
+    assert (sft.optim.learning_rate, grpo.optim.learning_rate) == (0.5, config.grpo.lr)
+    assert (sft.freeze, grpo.freeze) == ((), ("^visual/",))
+    assert sft.prompts == 4
+    config.grpo.betas, config.grpo.grad_clip = (0.8, 0.7), 9.0
+    optim = plan(config, BANNED)[1].optim
+    assert (optim.b1, optim.b2, optim.clip_norm) == (0.8, 0.7, 9.0)
+
+
+def test_the_log_probs_of_the_sampler_are_needed_after_the_first_update_only(config):
+    assert plan(config, BANNED)[1].loss.old == "current"
+    config.grpo.minibatches = 2
+    assert plan(config, BANNED)[1].loss.old == "rollout"
+
+
+def test_one_temperature_for_sampling_and_loss(config):
+    config.grpo.temperature = 0.7
+    grpo = plan(config, BANNED)[1]
+    assert grpo.loss.temperature == grpo.sampling.temperature == 0.7
