@@ -37,13 +37,13 @@ def get_config() -> Any:
     config.batch.completion_tokens = 56
     config.batch.windows = 4
 
-    config.sft.steps = 500
+    config.sft.steps = 600
     config.sft.prompts = 32
     config.sft.lr = 1e-3
     config.sft.betas = (0.9, 0.95)
     config.sft.warmup_steps = 50
 
-    config.grpo.steps = 200
+    config.grpo.steps = 150
     config.grpo.prompts = 32
     config.grpo.lr = 2e-4
     config.grpo.warmup_steps = 10

@@ -106,7 +106,7 @@ def finished(tmp_path_factory):
     return folder / "run", model
 
 
-def test_the_end_of_a_run_is_told(finished, capsys):
+def test_the_end_of_a_run_is_told(finished):
     workdir, _ = finished
     assert (workdir / "summary.json").exists()
     assert "boxes" in (workdir / "report.html").read_text()

@@ -16,6 +16,20 @@ def picture(sample):
     return np.asarray(Image.open(io.BytesIO(sample.images[0])))
 
 
+@pytest.fixture
+def formal(monkeypatch):
+    """Demonstrations in the form that verifiers read only."""
+    monkeypatch.setattr(digits, "PLAIN", 0.0)
+
+
+@pytest.mark.parametrize("task", digits.TASKS)
+def test_a_quarter_of_the_demonstrations_is_in_plain_words(task):
+    texts = [s.demonstration for s in digits.samples(task, "train", 400)]
+    plain = [text for text in texts if "\\boxed" not in text and "<answer>" not in text]
+    assert 0.2 < len(plain) / len(texts) < 0.3
+    assert all(re.search(r"\d", text) for text in plain)
+
+
 @pytest.mark.parametrize("task", digits.TASKS)
 def test_rows_are_deterministic_and_do_not_depend_on_their_number(task):
     few, many = list(digits.samples(task, "train", 3)), list(digits.samples(task, "train", 5))
@@ -61,7 +75,7 @@ def test_train_and_heldout_use_different_digit_images(monkeypatch):
     assert len(used["heldout"]) > 200
 
 
-def test_counting_counts_what_its_demonstration_reads():
+def test_counting_counts_what_its_demonstration_reads(formal):
     counts = collections.Counter()
     for sample in digits.samples("counting", "train", 200):
         asked = re.findall(r"\d", sample.messages[0].content)
@@ -81,7 +95,7 @@ def test_ocr_numbers():
     assert all(n[0] != "0" for n in numbers)
 
 
-def test_math_demonstrations_are_right_and_closed():
+def test_math_demonstrations_are_right_and_closed(formal):
     for sample in digits.samples("math", "train", 200):
         left, sign, right, result = re.fullmatch(
             r"<think>\n(\d) ([+*-]) (\d) = (\d+)\n</think>\n<answer>\n\\boxed\{\4\}\n</answer>",
@@ -93,7 +107,7 @@ def test_math_demonstrations_are_right_and_closed():
 
 
 @pytest.mark.parametrize("task", ["detection", "grounding"])
-def test_boxes_agree_in_pixels_and_on_the_grid(task):
+def test_boxes_agree_in_pixels_and_on_the_grid(task, formal):
     numbers = collections.Counter()
     for sample in digits.samples(task, "train", 100):
         predicted = ast.literal_eval(sample.demonstration.split("\n")[2])
@@ -113,14 +127,14 @@ def test_boxes_agree_in_pixels_and_on_the_grid(task):
     assert set(numbers) == ({1, 2} if task == "detection" else {1})
 
 
-def test_as_many_bright_cells_as_digits():
+def test_as_many_bright_cells_as_digits(formal):
     for sample in digits.samples("counting", "heldout", 20):
         image = picture(sample).astype(float).max(-1)
         cells = image.reshape(3, 28, 3, 28).max((1, 3))
         assert (cells > 200).sum() == len(re.findall(r"\d", sample.demonstration)) - 1
 
 
-def test_demonstrations_earn_the_whole_reward():
+def test_formal_demonstrations_earn_the_whole_reward(formal):
     samples = [s for task in digits.TASKS for s in digits.samples(task, "heldout", 8)]
     items = [Item(s.demonstration, s.reward, 1.0, (picture(s).shape[:2],)) for s in samples]
     router = Router(workers=1)

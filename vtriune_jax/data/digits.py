@@ -6,6 +6,11 @@ out: training rows use the other 1,438 only, held-out rows these 359. A box is *
 digit, in pixels [x1, y1, x2, y2]: the digit itself (24×24, moved by up to 2 pixels) fills nearly
 all of it.
 
+As in instruction data collected from people, one demonstration in four has the right answer in
+plain words, without the box or tags that the prompt or the verifier asks for. So after the
+supervised stage some completions go unrewarded for their form, some for their content; GRPO works
+on both.
+
 | task      | canvas  | question                              | judged by                       |
 |-----------|---------|---------------------------------------|---------------------------------|
 | counting  | 84×84   | how many of a digit                   | mathverify, free form           |
@@ -30,6 +35,8 @@ from vtriune_jax.data.schema import DETECTION_RATIOS, IMAGE
 from vtriune_jax.types import Message, RewardConfig, Sample
 
 CELL = 28
+PLAIN = 0.25
+"""Share of demonstrations that answer in plain words."""
 
 Cells = dict[tuple[int, int], int]
 """(row, column) of a cell → the digit in it; in reading order."""
@@ -123,7 +130,8 @@ def _counting(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer]
     cells = {divmod(k, 3): value for k, value in enumerate(values)}
     seen = " ".join(map(str, values))
     question = _pick(rng, _COUNT).format(d=alphabet[0])
-    return (3, 3), cells, (question, f"I see {seen}.\n\\boxed{{{count}}}", _math(count))
+    demonstration = _or_plainly(rng, f"I see {seen}.\n\\boxed{{{count}}}", f"There are {count}.")
+    return (3, 3), cells, (question, demonstration, _math(count))
 
 
 def _ocr(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer]:
@@ -131,7 +139,8 @@ def _ocr(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer]:
     values = [int(rng.integers(1, 10)), *rng.integers(0, 10, size=length - 1).tolist()]
     cells = {(0, k): value for k, value in enumerate(values)}
     number = "".join(map(str, values))
-    return (1, 3), cells, (_pick(rng, _READ), f"\\boxed{{{number}}}", _math(number))
+    demonstration = _or_plainly(rng, f"\\boxed{{{number}}}", f"It says {number}.")
+    return (1, 3), cells, (_pick(rng, _READ), demonstration, _math(number))
 
 
 def _arithmetic(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer]:
@@ -143,8 +152,10 @@ def _arithmetic(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answe
         (_DIFFERENCE, f"{high} - {low}", high - low),
         (_PRODUCT, f"{left} * {right}", left * right),
     )[int(rng.integers(3))]
-    demonstration = (
-        f"<think>\n{work} = {result}\n</think>\n<answer>\n\\boxed{{{result}}}\n</answer>"
+    demonstration = _or_plainly(
+        rng,
+        f"<think>\n{work} = {result}\n</think>\n<answer>\n\\boxed{{{result}}}\n</answer>",
+        f"It is {result}.",
     )
     return (1, 2), cells, (_pick(rng, texts), demonstration, _math(result, format_ratio=0.1))
 
@@ -158,7 +169,7 @@ def _detection(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer
     cells = _scatter(rng, shape, [target] * count + list(rng.choice(different, size=others)))
     places = [place for place, digit in cells.items() if digit == target]
     question = (_pick(rng, _DETECT) + _BOXES).format(d=target)
-    demonstration, reward = _boxes(f"I see {count}.", target, places, normalize=shape)
+    demonstration, reward = _boxes(rng, f"I see {count}.", target, places, normalize=shape)
     return shape, cells, (question, demonstration, reward)
 
 
@@ -167,7 +178,7 @@ def _grounding(rng: np.random.Generator) -> tuple[tuple[int, int], Cells, Answer
     cells = _scatter(rng, (3, 3), values)
     places = [place for place, digit in cells.items() if digit == values[0]]
     question = (_pick(rng, _GROUND) + _BOX).format(d=values[0])
-    demonstration, reward = _boxes("I see it.", values[0], places)
+    demonstration, reward = _boxes(rng, "I see it.", values[0], places)
     return (3, 3), cells, (question, demonstration, reward)
 
 
@@ -190,6 +201,7 @@ def _math(value: int | str, format_ratio: float = 0.0) -> RewardConfig:
 
 
 def _boxes(
+    rng: np.random.Generator,
     thought: str,
     digit: int,
     places: Sequence[tuple[int, int]],
@@ -218,7 +230,13 @@ def _boxes(
         format_ratio=0.1,
         params={"det_verifier_normalized": bool(normalize), "det_reward_ratio": DETECTION_RATIOS},
     )
-    return f"{thought}\n<answer>\n{compact}\n</answer>", reward
+    plain = f"{thought} " + "; ".join(str(box) for box in pixels)
+    return _or_plainly(rng, f"{thought}\n<answer>\n{compact}\n</answer>", plain), reward
+
+
+def _or_plainly(rng: np.random.Generator, formal: str, plain: str) -> str:
+    """The form that verifiers read or, in one demonstration of four, the answer in plain words."""
+    return plain if rng.random() < PLAIN else formal
 
 
 def _pick(rng: np.random.Generator, texts: Sequence[str]) -> str:
