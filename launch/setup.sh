@@ -12,7 +12,7 @@ fail() {
 
 # find_python: prints an interpreter from 3.11 on that can make an environment; $PYTHON if that is set.
 find_python() {
-  local candidate candidates=(python3.14 python3.13 python3.12 python3.11 python3)
+  local candidate candidates=(python3.12 python3.11 python3.13 python3.14 python3)
   if [[ ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
   for candidate in "${candidates[@]}"; do
     if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \

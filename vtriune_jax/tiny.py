@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from vtriune_jax.data.tokenizer import load_processor, write_processor
 from vtriune_jax.models.config import ModelConfig
 
 
-def ensure_tiny(path: Path, sizes: Any, texts: list[str], seed: int) -> Path:
+def ensure_tiny(path: Path, sizes: Any, texts: Iterable[str], seed: int) -> Path:
     """Builds the checkpoint in `path` unless it is there; never leaves half of one behind.
 
     `sizes` is `config.model.tiny`; `texts` is what the tokenizer learns its merges from.

@@ -130,7 +130,7 @@ from vtriune_jax.models.config import ModelConfig, TextConfig, VisionConfig
 processor = tokenizer.load_processor({str(processor_folder)!r})
 prompter = prompts.Prompter(processor, {model_config!r})
 prompt = prompter(next(digits.samples("math", "train", 1)))
-assert (prompt.image_index >= 0).sum() == 8
+assert (prompt.image_index >= 0).sum() == prompt.grid_thw.prod() // 4 > 0
 assert prompter.decode(prompter.encode_completion("a 7")) == "a 7"
 assert "torch" not in sys.modules
 """
@@ -139,7 +139,7 @@ assert "torch" not in sys.modules
 
 
 def test_texts_cover_every_task():
-    texts = digits.texts()
+    texts = list(digits.texts())
     assert not any("<image>" in text for text in texts)
     assert any("bbox_2d" in text for text in texts)
     assert any("<think>" in text for text in texts)

@@ -111,11 +111,12 @@ def samples(
         )
 
 
-def texts() -> list[str]:
+def texts() -> Iterator[str]:
     """Questions and demonstrations of all tasks, for a tokenizer to learn from."""
-    some = [sample for task in TASKS for sample in samples(task, "train", 200)]
-    questions = [sample.messages[-1].content.replace(IMAGE, "") for sample in some]
-    return questions + [sample.demonstration for sample in some]
+    for task in TASKS:
+        for sample in samples(task, "train", 200):
+            yield sample.messages[-1].content.replace(IMAGE, "")
+            yield sample.demonstration
 
 
 # --------------------------------------------------------------------------------------- tasks

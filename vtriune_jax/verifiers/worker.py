@@ -7,6 +7,7 @@ killed; and it ends with its parent, even in mid-thought.
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import signal
 import sys
@@ -50,12 +51,10 @@ def main(fd: int) -> None:
     """
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
-    with Connection(fd) as parent:
+    # The other end may close while we answer, too, if its process was killed.
+    with contextlib.suppress(EOFError, ConnectionError), Connection(fd) as parent:
         while True:
-            try:
-                name, args, limit = parent.recv()
-            except EOFError:
-                return
+            name, args, limit = parent.recv()
             if args is None:
                 problem = guarded(import_module, f"vtriune_jax.verifiers.{name}")
                 parent.send(describe(problem) if isinstance(problem, Exception) else None)

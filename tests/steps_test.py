@@ -1,0 +1,73 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from configs import base
+from vtriune_jax.stages import plan
+from vtriune_jax.steps import advantages, respond, verify
+from vtriune_jax.types import Completion, Group, Prompt, RewardConfig, Sample, Verdict
+
+SFT, GRPO = plan(base.get_config(), ())
+
+
+def make_prompt(demonstration: str = "yes") -> Prompt:
+    reward = RewardConfig("mathverify", "1")
+    sample = Sample("a", "0", (), (), reward, demonstration=demonstration)
+    empty = np.zeros(0, np.int32)
+    return Prompt(sample, empty, empty, empty, None, np.zeros((0, 3), np.int32))
+
+
+def make_group(*texts: str) -> Group:
+    nothing = np.zeros(0)
+    return Group(make_prompt(), tuple(Completion(nothing, nothing, t, "stop") for t in texts))
+
+
+@pytest.fixture
+def parts():
+    """A verifier that scores the length of the text, and remembers what it was asked."""
+    asked = []
+
+    def score(items):
+        asked.extend(items)
+        return [Verdict("ok", float(len(item.completion))) for item in items]
+
+    return SimpleNamespace(
+        asked=asked,
+        verifiers=SimpleNamespace(score=score),
+        prompter=SimpleNamespace(encode_completion=lambda text: np.arange(len(text) + 1)),
+        model_config=SimpleNamespace(vision=SimpleNamespace(patch_size=14)),
+    )
+
+
+def test_a_demonstration_is_the_response_of_a_supervised_stage(parts):
+    groups = respond(SFT, 0, {}, [make_prompt("yes"), make_prompt("no")], None, parts)
+    assert [c.text for group in groups for c in group.completions] == ["yes", "no"]
+    [completion] = groups[0].completions
+    assert len(completion.ids) == len(completion.logps) == 4
+    assert completion.finish == "stop"
+    assert verify(SFT, 0, groups, parts) == []
+    values, weights = advantages(groups, [])
+    assert values.tolist() == weights.tolist() == [[1], [1]]
+
+
+def test_verdicts_are_grouped_as_the_completions(parts):
+    groups = [make_group("a", "bb"), make_group("ccc", "")]
+    verdicts = verify(GRPO, 0, groups, parts)
+    assert [[verdict.score for verdict in judged] for judged in verdicts] == [[1, 2], [3, 0]]
+
+
+def test_progress_counts_steps_from_one_to_the_last(parts):
+    for step in (0, GRPO.steps - 1):
+        verify(GRPO, step, [make_group("a")], parts)
+    assert [item.progress for item in parts.asked] == [1 / GRPO.steps, 1.0]
+    assert parts.asked[0].threshold is None
+
+
+def test_a_failed_verification_is_masked():
+    ok, failed = (lambda score: Verdict("ok", score)), Verdict("error", reason="no server")
+    values, weights = advantages([], [[ok(1.0), ok(0.0), failed], [failed] * 3])
+    assert weights.tolist() == [[1, 1, 0], [0, 0, 0]]
+    assert values[0, 0] == -values[0, 1] > 0
+    assert values[0, 2] == 0
+    assert not values[1].any()
