@@ -109,10 +109,10 @@ def test_a_model_that_is_no_checkpoint(fails, tmp_path, warm):
     assert str(tmp_path / "copy" / "model.safetensors") in fails(model_path=tmp_path / "copy")
 
 
-@pytest.mark.parametrize(("stage", "rows"), [("sft", 0), ("grpo", 0), ("grpo", 2)])
-def test_prompts_longer_than_their_slot(fails, stage, rows):
+@pytest.mark.parametrize(("stage", "heldout"), [("sft", 0), ("grpo", 0), ("grpo", 2)])
+def test_prompts_longer_than_their_slot(fails, stage, heldout):
     """In imitation, in a rollout and in the evaluation."""
-    text = fails(stages=stage, batch_prompt_tokens=20, eval_rows_per_source=rows)
+    text = fails(stages=stage, batch_prompt_tokens=20, eval_rows_per_source=heldout)
     assert re.search(r"sample '?\w+-(train|heldout)-0-\d+'?", text)
     assert "20" in text
     assert "raise batch.prompt_tokens or drop the row" in text
@@ -154,7 +154,7 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_is_small_at_first_and_then_larger(small_disk, warm, data, capsys):
-    keys = {"model_path": warm / "final", "sft_steps": 2, "grpo_steps": 1, **data}
+    keys = {"model_path": warm / "final", "stages": "sft", **data}
     workdir = small_disk(1000) / "run"
     assert main(arguments(workdir, **keys)) == 2
     text = one_line(capsys.readouterr().err)

@@ -18,8 +18,8 @@ def get_config() -> Any:
     config.model.tiny.mrope_section = (2, 3, 3)
     config.model.tiny.vision_hidden = 16
     config.model.tiny.vision_intermediate = 32
-    config.model.tiny.vision_depth = 2
-    config.model.tiny.full_attention_layers = (1,)
+    config.model.tiny.vision_depth = 1
+    config.model.tiny.full_attention_layers = (0,)
     config.batch.prompt_tokens = 96
     config.batch.completion_tokens = 80
     config.batch.windows = 4

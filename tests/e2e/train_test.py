@@ -121,6 +121,8 @@ def test_a_parquet_file_of_ones_own_and_the_verifier_server(warm, tmp_path, caps
         row("sums", "2 + 2?", "\\boxed{4}", "mathverify"),
         row("both", "Same?", "\\boxed{no}", "mathverify", (30, 30), (90, 40)),
         row("sums", "What is this?", "\\boxed{8}", "mathverify", (28, 28)),
+        row("square", "How large?", "\\boxed{28}", "mathverify", (28, 28)),
+        row("dark", "Is it dark?", "\\boxed{no}", "mathverify", (57, 83)),
     ]
     file = tmp_path / "mine.parquet"
     pq.write_table(pa.Table.from_pylist(rows), file)
@@ -130,12 +132,12 @@ def test_a_parquet_file_of_ones_own_and_the_verifier_server(warm, tmp_path, caps
         "verifiers_mode": "server",
         "eval_rows_per_source": 0,
     }
-    steps = {"sft_steps": 1, "grpo_steps": 1}
+    steps = {"sft_steps": 1, "grpo_steps": 1, "grpo_minibatches": 2}
     assert main(arguments(tmp_path / "run", data_heldout=(str(file),), **keys, **steps)) == 0
     sft, grpo = records(tmp_path / "run")
     assert sft["loss"] > 0
     assert sft["skipped_steps"] == grpo["skipped_steps"] == 0
-    for source in ("boxes", "sums", "both"):
+    for source in ("boxes", "sums", "both", "square", "dark"):
         assert grpo[f"verifier_failed/{source}"] == 0
         assert grpo[f"length/{source}"] > 0
     assert "reward_iou_50/boxes" in grpo
