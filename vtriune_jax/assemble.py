@@ -24,7 +24,7 @@ from vtriune_jax.rollout.local import LocalEngine
 from vtriune_jax.tiny import ensure_tiny
 from vtriune_jax.types import Sample
 from vtriune_jax.verifiers import known_verifiers
-from vtriune_jax.verifiers.client import InProcess, VerifierClient, VerifierServer
+from vtriune_jax.verifiers.client import InProcess, VerifierClient, VerifierServer, check_health
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def assemble(config: Any, workdir: Path) -> Iterator[Parts]:
             "use a single-host slice (for example v6e-8) or one GPU machine"
         )
     mesh = sharding.make_mesh(**config.mesh)
+    _check_rows(config, mesh)
     train = tuple((_load(config, name, "train"), float(w)) for name, w in config.data.train)
     heldout = _heldout(config)
     path = _checkpoint_path(config, workdir)
@@ -115,6 +116,31 @@ def assemble(config: Any, workdir: Path) -> Iterator[Parts]:
         )
 
 
+def _check_rows(config: Any, mesh: Mesh) -> None:
+    """Every step's prompts and rows must divide over the devices; better said now than later."""
+    shards, pieces = sharding.row_shards(mesh), config.batch.micro_batches
+    grpo = config.grpo
+    needs = {
+        "eval.batch": (config.eval.batch, shards),
+        "sft.prompts": (config.sft.prompts, shards * pieces),
+        "grpo.prompts": (grpo.prompts, shards),
+        "grpo.prompts×samples÷minibatches": (
+            grpo.prompts * grpo.samples // grpo.minibatches,
+            shards * pieces,
+        ),
+    }
+    wrong = [
+        f"{key}={rows} is not a multiple of {parts}"
+        for key, (rows, parts) in needs.items()
+        if rows % parts and key.split(".")[0] in ("eval", *config.stages)
+    ]
+    if wrong:
+        raise UserError(
+            f"{'; '.join(wrong)} (data×fsdp={shards}, batch.micro_batches={pieces}); "
+            "choose other numbers or another mesh"
+        )
+
+
 def _load(config: Any, name: str, split: Any) -> Source:
     source = load(
         name,
@@ -153,4 +179,6 @@ def _verifiers(config: Any) -> Iterator[VerifierClient | InProcess]:
                 VerifierServer(workers=config.verifiers.workers, limit=limit)
             )
             addresses = server.addresses
+        else:
+            check_health(addresses)
         yield stack.enter_context(VerifierClient(addresses))

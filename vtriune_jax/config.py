@@ -166,8 +166,9 @@ RELATIONS: tuple[tuple[Test, str, tuple[str, ...]], ...] = (
 )
 """What several keys must satisfy together; {0} is the first one with its value."""
 
-FREE = r"(sft|grpo)\.steps|data\.cache|(verifiers|mesh|checkpoint|log)\..*"
-"""Keys that a resumed run may change: how long, on what and how loudly, not what is learnt."""
+FREE = r"data\.cache|(verifiers|mesh|checkpoint|log)\..*"
+"""Keys that a resumed run may change, beside the steps of its last stage: how long, on what and how
+loudly, not what is learnt."""
 
 
 def load(path: str, overrides: Sequence[tuple[str, str]] = ()) -> FrozenConfigDict:
@@ -224,7 +225,7 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
     return flat
 
 
-def record(config: ConfigDict, workdir: Path) -> None:
+def record(config: Any, workdir: Path) -> None:
     """Writes `config.json` into the workdir, or checks that the run there had the same settings.
 
     Raises UserError, with the old and the new values, if a key outside of FREE changed: a resumed
@@ -234,10 +235,11 @@ def record(config: ConfigDict, workdir: Path) -> None:
     text = json.dumps(config.to_dict(), indent=2) + "\n"
     if path.exists():
         old, new = flatten(json.loads(path.read_text())), flatten(json.loads(text))
+        free = rf"{FREE}|{config.stages[-1]}\.steps"
         changed = [
             f"{key} {json.dumps(old.get(key))} → {json.dumps(new.get(key))}"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not re.fullmatch(FREE, key)
+            if old.get(key) != new.get(key) and not re.fullmatch(free, key)
         ]
         if changed:
             raise UserError(

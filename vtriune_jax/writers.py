@@ -123,7 +123,7 @@ class Progress:
         if stage != self._stage:  # the speed is counted from here: the first step compiles
             self._stage, self._start, self._shown, self._seen = stage, (step, now), -math.inf, {}
         for name, value in metrics.items():
-            if name.split("/")[0] in ("reward", "loss"):
+            if name.split("/")[0] in ("reward", "loss", "verifier_failed"):
                 self._seen.setdefault(name, []).append(value)
         if now - self._shown < self._every and step < total:
             return
@@ -141,6 +141,9 @@ class Progress:
             yield f"{duration((total - step) / speed)} left"
         means = {name: sum(values) / len(values) for name, values in self._seen.items()}
         sources = [f"{n[7:]} {v:.2f}" for n, v in sorted(means.items()) if n.startswith("reward/")]
+        failed = [mean for name, mean in means.items() if name.startswith("verifier_failed/")]
+        if any(failed):
+            yield f"verifier failed {sum(failed) / len(failed):.0%}"
         if "reward" in means:
             yield f"reward {means['reward']:.3f}" + (f" ({', '.join(sources)})" if sources else "")
         if "loss" in means:

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -182,6 +183,19 @@ class VerifierClient:
         if len(verdicts) != len(items):
             raise ValueError(f"{len(verdicts)} verdicts for {len(items)} items")
         return verdicts
+
+
+def check_health(addresses: Sequence[str], timeout: float = 10.0) -> None:
+    """Raises UserError naming the first address at which no verifier server answers."""
+    for address in addresses:
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=timeout):
+                pass
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"verifiers.addresses: no verifier server answers at {address} ({error}); start "
+                "one (python -m vtriune_jax.verifiers.server), or leave the addresses empty"
+            ) from error
 
 
 class VerifierServer:
