@@ -2,7 +2,7 @@ import math
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vtriune_jax.charts import dumbbell, legend, line_chart, ticks
@@ -25,6 +25,8 @@ def test_ticks_are_round_and_enclose(low, high, expected):
 
 
 @given(FINITE, FINITE)
+@example(5e-324, 5e-324)
+@example(-5e-324, 5e-324)
 def test_ticks_enclose_any_range(a, b):
     found = ticks(min(a, b), max(a, b))
     slack = 1e-6 * (abs(a) + abs(b) + 1)
