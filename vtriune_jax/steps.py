@@ -63,7 +63,7 @@ def compiled(stage: Stage, params: Any, parts: Parts) -> Compiled:
     def encode(params: Any, prompts: Sequence[Prompt]) -> Features:
         if not (vision_frozen or stage.sampling):
             return None
-        return encode_images(params, stack_vision(prompts, parts.slots))
+        return jax.block_until_ready(encode_images(params, stack_vision(prompts, parts.slots)))
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         total: Sums = {}
