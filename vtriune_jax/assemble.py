@@ -130,14 +130,14 @@ def _check_rows(config: Any, mesh: Mesh) -> None:
         ),
     }
     wrong = [
-        f"{key}={rows} is not a multiple of {parts}"
+        f"{key}={rows} is not a multiple of {parts}, choose {-(-rows // parts) * parts}"
         for key, (rows, parts) in needs.items()
         if rows % parts and key.split(".")[0] in ("eval", *config.stages)
     ]
     if wrong:
         raise UserError(
-            f"{'; '.join(wrong)} (data×fsdp={shards}, batch.micro_batches={pieces}); "
-            "choose other numbers or another mesh"
+            f"{'; '.join(wrong)}, or another mesh (now data×fsdp={shards}, "
+            f"batch.micro_batches={pieces})"
         )
 
 

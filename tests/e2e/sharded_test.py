@@ -59,5 +59,5 @@ def test_all_devices_took_part(eight):
 def test_rows_that_do_not_divide_the_mesh(eight):
     assert eight[1].startswith("error: ")
     assert eight[1].count("\n") == 1
-    assert "rows=6" in eight[1]
-    assert "choose 8 or 16" in eight[1]
+    assert "sft.prompts=6 is not a multiple of 8, choose 8" in eight[1]
+    assert "data×fsdp=8" in eight[1]
