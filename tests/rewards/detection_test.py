@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vtriune_jax.rewards.arrays import in_chunks
 from vtriune_jax.rewards.boxes import Boxes, pairwise_iou
 from vtriune_jax.rewards.detection import (
+    AVERAGED,
     REPORTED,
     WEIGHTS,
     coco_map,
@@ -184,6 +186,33 @@ def test_parts_do_not_depend_on_padding_or_company(images):
         results.append(PARTS(*sides, at, weights, share))
     for name, values in results[0].items():
         np.testing.assert_array_equal(values, results[1][name], err_msg=name)
+
+
+def test_in_chunks_it_is_the_same(images):
+    rows = 12
+    sides = [padded(side, 14) for side in zip(*images[:rows], strict=True)]
+    args = (*sides, np.full(rows, 0.5), np.ones((rows, len(WEIGHTS))), np.full(rows, 0.3))
+    whole, chunked = PARTS(*args), jax.jit(in_chunks(detection_parts, 4))(*args)
+    for name, values in whole.items():
+        np.testing.assert_allclose(chunked[name], values, atol=1e-12, err_msg=name)
+
+
+def test_the_average_threshold_and_numpy(images):
+    """NaN is the mean over the eleven thresholds; NumPy gives what JAX does."""
+    sides = [padded(side, 14) for side in zip(*images[:8], strict=True)]
+    weights, share = np.ones((8, len(WEIGHTS))), np.full(8, 0.3)
+    given = jax.jit(detection_parts, static_argnames="average")
+    each = [given(*sides, np.full(8, at), weights, share) for at in AVERAGED]
+    average = given(*sides, np.full(8, np.nan), weights, share, average=True)
+    mixed = given(*sides, np.full(8, AVERAGED[0]), weights, share, average=True)
+    for name in ("label_first", "iou_first", "accuracy"):
+        mean = np.mean([parts[name] for parts in each], axis=0)
+        np.testing.assert_allclose(average[name], mean, atol=1e-12)
+        np.testing.assert_allclose(mixed[name], each[0][name], atol=1e-12)
+    plain = [Boxes(*map(np.asarray, side)) for side in sides]
+    in_numpy = detection_parts(*plain, np.full(8, np.nan), weights, share, average=True)
+    for name, values in average.items():
+        np.testing.assert_allclose(in_numpy[name], values, atol=1e-12, err_msg=name)
 
 
 def test_accuracy_is_the_published_formula(images):

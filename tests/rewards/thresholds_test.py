@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtriune_jax.rewards.shaping import combine, size_penalty
 from vtriune_jax.rewards.thresholds import stepped_threshold
 
 
@@ -23,12 +22,9 @@ def test_any_number_of_stages():
 
 
 def test_stages_that_do_not_fit_their_bounds():
-    with pytest.raises(ValueError, match="2 bounds separate 3 values, but 2 were given"):
+    with pytest.raises(
+        ValueError, match=r"values=\(0.5, 0.6\); expected rising bounds and one more"
+    ):
         stepped_threshold(0.5, values=(0.5, 0.6))
-
-
-def test_combination_and_size_penalty():
-    assert combine(1.0, 0.0, 1.0, 0.1) == pytest.approx(1 / 1.1)
-    assert size_penalty(5.0, 3.0) == size_penalty(3.0, 5.0) == pytest.approx(0.36)
-    mixed = combine(jnp.array([1.0, 0.5]), jnp.array([1.0, 0.0]), 1.0, jnp.array([0.1, 0.0]))
-    np.testing.assert_allclose(mixed, [1.0, 0.5], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"bounds=\(0.5, 0.2\)"):
+        stepped_threshold(0.5, bounds=(0.5, 0.2))

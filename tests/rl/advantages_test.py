@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -52,3 +53,15 @@ def test_the_scale_and_offset_of_rewards_do_not_matter(scores, scale):
     if np.ptp(scores) > 0.05:
         np.testing.assert_allclose(base.values, moved.values, atol=1e-3)
     assert abs(base.values.sum()) < 1e-3
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_jitted_they_are_the_same(x64):
+    rng = np.random.default_rng(0)
+    scores = np.vstack([rng.random((6, 4)), np.full((1, 4), 0.1)]).astype(np.float32)
+    valid = rng.random(scores.shape) < 0.8
+    with jax.enable_x64(x64):
+        found = jax.jit(group_advantages)(scores, valid)
+    for ours, reference in zip(found, group_advantages(scores, valid), strict=True):
+        assert ours.dtype == reference.dtype
+        np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-6)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from vtriune_jax.rewards.arrays import Array, namespace
 
 
 def stepped_threshold(
@@ -16,10 +17,11 @@ def stepped_threshold(
     `progress` is step / total steps. A lenient start gives a weak policy something to climb; the
     strict end keeps the pressure on exact boxes. `bounds` must rise and be one fewer than `values`.
     """
-    if len(values) != len(bounds) + 1:
+    if len(values) != len(bounds) + 1 or list(bounds) != sorted(bounds):
         raise ValueError(
-            f"stepped_threshold: {len(bounds)} bounds separate {len(bounds) + 1} values, "
-            f"but {len(values)} were given"
+            f"stepped_threshold: bounds={bounds}, values={values}; expected rising bounds and one "
+            "more value than bounds"
         )
-    stage = jnp.searchsorted(jnp.asarray(bounds), progress, side="left")
-    return jnp.asarray(values)[stage]
+    xp = namespace(progress)
+    stage = xp.searchsorted(xp.asarray(bounds), progress, side="left")
+    return xp.asarray(values)[stage]

@@ -21,18 +21,22 @@ def group_advantages(
     the baseline and gets advantage 0 and weight 0; its score is not read. So does everything in a
     group with fewer than two valid completions: nothing to compare with. A group of equal scores
     gets exactly 0 and keeps its weight: its tokens count in the mean over tokens.
+
+    Arrays may be of NumPy or, under `jax.jit`, of JAX.
     """
+    xp = scores.__array_namespace__()  # numpy or jax.numpy
     count = valid.sum(-1, keepdims=True)
     usable = valid & (count >= 2)
-    known = np.where(usable, scores, 0.0).astype(np.float64)
-    mean = known.sum(-1, keepdims=True) / np.maximum(count, 1)
-    deviation = np.where(usable, known - mean, 0.0)
-    std = np.sqrt((deviation**2).sum(-1, keepdims=True) / np.maximum(count - 1, 1))
-    lowest = np.where(usable, scores, np.inf).min(-1)
-    highest = np.where(usable, scores, -np.inf).max(-1)
+    known = xp.astype(xp.where(usable, scores, 0.0), float)
+    mean = known.sum(-1, keepdims=True) / xp.maximum(count, 1)
+    deviation = xp.where(usable, known - mean, 0.0)
+    std = xp.sqrt((deviation**2).sum(-1, keepdims=True) / xp.maximum(count - 1, 1))
+    lowest = xp.where(usable, scores, xp.inf).min(-1)
+    highest = xp.where(usable, scores, -xp.inf).max(-1)
     equal = lowest == highest  # exact, where the rounded mean would leave a std of 1e-17
-    values = np.where(equal[:, None], 0.0, deviation / (std + EPSILON))
-    return Advantages(values.astype(np.float32), usable.astype(np.float32), equal)
+    values = xp.where(equal[:, None], 0.0, deviation / (std + EPSILON))
+    values, weights = (xp.astype(each, xp.float32) for each in (values, usable))
+    return Advantages(values, weights, equal)
 
 
 class Advantages(NamedTuple):

@@ -1,0 +1,120 @@
+"""What NumPy and JAX have in common, so that every reward is written once.
+
+Under `jax.jit` a reward runs on accelerators and inside a training step. A verifier's worker calls
+the same lines with NumPy arrays: it starts without JAX and has nothing to compile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Array = Any
+"""An array of NumPy or JAX, for shape annotations; `jaxtyping.Array` would import JAX."""
+
+
+def namespace(array: Array) -> Any:
+    """`numpy` or `jax.numpy`, whichever the array is of (a plain number: NumPy).
+
+    Both follow the array API standard, and the rewards use what it defines.
+    """
+    return array.__array_namespace__() if hasattr(array, "__array_namespace__") else np
+
+
+def scan(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    along: tuple[Array, ...],
+    reverse: bool = False,
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` over the first axis of the arrays: the last carry and the stacked outputs.
+
+    `step` returns the next carry and a tuple of arrays. NumPy takes the steps one by one: a step
+    works on the whole batch.
+    """
+    if not isinstance(along[0], np.ndarray):
+        from jax import lax  # not above: workers have no JAX
+
+        return lax.scan(step, carry, along, reverse=reverse)
+    outputs = []
+    parts = list(zip(*along, strict=True))
+    for part in reversed(parts) if reverse else parts:
+        carry, output = step(carry, part)
+        outputs.append(output)
+    outputs = reversed(outputs) if reverse else outputs
+    return carry, tuple(np.stack(each) for each in zip(*outputs, strict=True))
+
+
+def while_loop(
+    unfinished: Callable[[Any], Array], step: Callable[[Any], Any], carry: tuple[Array, ...]
+) -> Any:
+    """`jax.lax.while_loop`, for both libraries."""
+    if not isinstance(carry[0], np.ndarray):
+        from jax import lax
+
+        return lax.while_loop(unfinished, step, carry)
+    while unfinished(carry):
+        carry = step(carry)
+    return carry
+
+
+def largest(values: Array, usable: Array) -> tuple[Array, Array]:
+    """The largest usable value ≥ 0 along the first axis, and the first place where it stands.
+
+    −1, and any place, where there is none. `values` are ≥ 0 or −1 and broadcast against `usable`.
+    """
+    n = len(values)
+    if isinstance(usable, np.ndarray):
+        values = np.where(usable, values, -1.0)
+        best = values.max(axis=0)
+        from_end = np.arange(n, 0, -1, dtype=np.int16).reshape(-1, *[1] * (values.ndim - 1))
+        return best, n - ((values == best) * from_end).max(axis=0)
+    from jax import lax
+    from jax import numpy as jnp
+
+    def compare(k: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        better = usable[k] & (values[k] > found[0])
+        return jnp.where(better, values[k], found[0]), jnp.where(better, k, found[1])
+
+    # value by value: XLA's own reductions over pairs take several times as long on CPUs
+    shape = jnp.broadcast_shapes(values.shape, usable.shape)[1:]
+    start = jnp.full(shape, -1, values.dtype), jnp.full(shape, n, jnp.int32)
+    return lax.fori_loop(0, n, compare, start)
+
+
+def batch_last(array: Array, axes: int) -> Array:
+    """[*batch, a, b, …] → [a, b, …, batch], the last `axes` axes in front and the batch flat.
+
+    So laid out, a loop over boxes takes long, contiguous steps over the images: several times
+    faster on CPUs, for both libraries.
+    """
+    xp = namespace(array)
+    batch, own = array.shape[: array.ndim - axes], array.shape[array.ndim - axes :]
+    flat = array.reshape(math.prod(batch), *own)
+    moved = xp.moveaxis(flat, 0, -1)
+    return np.ascontiguousarray(moved) if isinstance(moved, np.ndarray) else moved
+
+
+def batch_first(array: Array, batch: tuple[int, ...]) -> Array:
+    """The inverse of `batch_last`: [a, b, …, batch] → [*batch, a, b, …]."""
+    moved = namespace(array).moveaxis(array, -1, 0)
+    return moved.reshape(*batch, *moved.shape[1:])
+
+
+def in_chunks(function: Callable[..., Any], rows: int) -> Callable[..., Any]:
+    """The same function of a batch, judged `rows` at a time under `jax.jit`.
+
+    On CPUs what it computes in between then stays in the cache; with thousands of images that is
+    several times faster. The size of the batch must be a multiple of `rows`.
+    """
+    import jax
+
+    def chunked(*args: Any) -> Any:
+        split = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), args)
+        found = jax.lax.map(lambda chunk: function(*chunk), split)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+    return chunked
