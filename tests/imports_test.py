@@ -35,7 +35,7 @@ not listed (train, main, …) may know all."""
 LIBRARIES = {
     "types": {"jax", "numpy", "jaxtyping"},
     "errors": set(),
-    "rewards": {"jax", "numpy", "jaxtyping"},
+    "rewards": {"jax", "numpy", "jaxtyping", "optax"},  # optax: its Hungarian algorithm
     "models": {"jax", "numpy", "jaxtyping", "flax", "safetensors"},
     "models.layout": {"numpy", "jaxtyping"},
 }

@@ -1,14 +1,21 @@
-import jax
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
-from vtriune_jax.verifiers.detection import verify_batch
+from vtriune_jax.verifiers import detection
+from vtriune_jax.verifiers.router import task
 
 SHIFTED = "[{'bbox_2d': [115, 100, 315, 300], 'label': 'dog'}]"  # IoU 0.8605
 THREE = (
     "[{'bbox_2d': [0, 0, 10, 10], 'label': 'a'}, {'bbox_2d': [20, 20, 40, 40], 'label': 'b'}, "
     "{'bbox_2d': [50, 50, 60, 70], 'label': 'a'}]"
 )
+
+
+def verify_batch(items):
+    return detection.verify_batch([task(item, {}) for item in items])
 
 
 def one(item):
@@ -137,12 +144,13 @@ def test_items_do_not_change_each_other(boxes_item):
     together = verify_batch(items)
     order = rng.permutation(len(items))
     assert [together[k] for k in order] == verify_batch([items[k] for k in order])
-    assert together[:3] == [one(item) for item in items[:3]]
+    assert together == [one(item) for item in items]
+    assert together[:3] == verify_batch(items[:3])
 
 
 def test_many_boxes_and_wild_coordinates(boxes_item):
     answers = [
-        listed((k, 0) for k in range(2_000)),  # only the first 512 are matched, all are counted
+        listed((k, 0) for k in range(2_000)),  # only the first 256 are matched, all are counted
         listed((k, 0) for k in range(10_000)),  # longer than any list may be
         "[{'bbox_2d': [-1e9, -1e9, 1e9, 1e9], 'label': 'dog'}]",
         "[{'bbox_2d': [NaN, 0, 1, 1], 'label': 'dog'}, {'bbox_2d': [0, 0, Infinity, 1]}]",
@@ -154,8 +162,42 @@ def test_many_boxes_and_wild_coordinates(boxes_item):
     assert all(part["accuracy"] < 1e-6 for part in parts)
 
 
-def test_the_callers_precision_is_left_alone(boxes_item):
-    before = jax.numpy.ones(1).dtype
-    verify_batch([boxes_item()])
-    assert jax.numpy.ones(1).dtype == before == np.float32
+def test_one_is_judged_as_in_a_batch(boxes_item):
+    item = boxes_item(SHIFTED)
+    assert detection.verify(*task(item, {})) == one(item)
+    with pytest.raises(ValueError, match="holds no box"):
+        detection.verify(*task(boxes_item(truth="[]"), {}))
     assert verify_batch([]) == []
+
+
+def test_the_average_threshold(boxes_item):
+    """IoU 0.8605 is reached by 8 of the 11, up to 0.85."""
+    weights = {"iou_max_label_first": 1.0, "iou_completeness": 0.3}
+    item = boxes_item(SHIFTED, iou_threshold="average", det_reward_ratio=weights)
+    expected = (8 * (0.7 * 185 / 215 + 0.3)) / 11
+    assert one(item)["accuracy"] == pytest.approx(expected)
+    fixed = boxes_item(SHIFTED, iou_threshold=0.5, det_reward_ratio=weights)
+    alone, mixed = one(fixed), verify_batch([item, fixed])[1]
+    assert mixed == alone
+
+
+@pytest.mark.parametrize(("progress", "accuracy"), [(0.5, 185 / 215), (0.51, 0.0)])
+def test_own_stages(boxes_item, progress, accuracy):
+    stages = {"bounds": [0.5], "values": [0.86, 0.87]}
+    weights = {"iou_max_label_first": 1.0}
+    item = boxes_item(SHIFTED, progress=progress, iou_threshold=stages, det_reward_ratio=weights)
+    assert one(item)["accuracy"] == pytest.approx(accuracy)
+
+
+def test_a_threshold_as_text(boxes_item):
+    item = boxes_item(SHIFTED, iou_threshold=" 9e-1", det_reward_ratio={"iou_max_label_first": 1})
+    assert one(item)["accuracy"] == 0
+
+
+def test_a_worker_needs_no_jax():
+    code = (
+        "import sys, vtriune_jax.verifiers.detection as d; "
+        "d.verify('', \"[{'bbox_2d': [0, 0, 1, 1], 'label': 'x'}]\", {}, 0.0); "
+        "assert not {'jax', 'flax', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

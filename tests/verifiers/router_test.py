@@ -1,16 +1,14 @@
 import dataclasses
-import os
-import signal
+import re
 import sys
-import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
-import vtriune_jax.verifiers
 from vtriune_jax.types import RewardConfig
-from vtriune_jax.verifiers import known_verifiers
+from vtriune_jax.verifiers import known_verifiers, load
 from vtriune_jax.verifiers.router import Item, Router
 
 HOSTILE = {
@@ -34,7 +32,89 @@ def with_verifier(item, name):
 
 
 def test_known_verifiers_are_the_files_of_the_folder():
-    assert dict(known_verifiers()) == {"detection": "verify_batch", "mathverify": "verify"}
+    names = (
+        "combination counting detection edit_distance exact grounding json_format mathverify "
+        "multiple_choice numeric vqa"
+    )
+    known = dict(known_verifiers())
+    assert sorted(known) == names.split()
+    assert all(module == f"vtriune_jax.verifiers.{name}" for name, module in known.items())
+    assert load("vqa").plain("The Two") == "2"
+    table = (Path(__file__).parents[2] / "docs" / "verifiers.md").read_text("utf-8")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == names.split()
+
+
+@pytest.fixture
+def third_party(tmp_path, monkeypatch):
+    """An installed package with verifiers of its own, which workers find, too."""
+    (tmp_path / "theirs.py").write_text(
+        "def verify(completion, ground_truth, params, progress):\n"
+        "    return {'accuracy': progress, 'format': params['grid'][0][1]}\n"
+    )
+    (tmp_path / "broken.py").write_text("import nothing_like_it\n")
+    (tmp_path / "nan.py").write_text(
+        "def verify(*_):\n    return {'accuracy': float('nan'), 'format': 0}\n"
+    )
+    (tmp_path / "longest.py").write_text(
+        "def verify(*task):\n"
+        "    return verify_batch([task])[0]\n"
+        "def verify_batch(tasks):\n"
+        "    most = max(len(completion) for completion, *_ in tasks)\n"
+        "    return [{'accuracy': len(text) / most, 'format': 1} for text, *_ in tasks]\n"
+    )
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    names = ("theirs", "broken", "nan", "longest")
+    lines = [f"{name} = {name}" for name in names] + ["exact = theirs"]
+    (info / "entry_points.txt").write_text("\n".join(["[vtriune_jax.verifiers]", *lines]))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    known_verifiers.cache_clear()
+    router = Router(workers=1)
+    yield router
+    router.close()
+    known_verifiers.cache_clear()
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_a_package_adds_verifiers_by_entry_points(third_party, boxes_item):
+    item = dataclasses.replace(boxes_item(), progress=0.25, grid=((7, 1),))
+    names = ("theirs", "broken", "nan", "exact")
+    verdicts = third_party.score([with_verifier(item, name) for name in names])
+    theirs, broken, nan, exact = verdicts
+    assert theirs.parts == {"accuracy": 0.25, "format": 1.0}
+    assert broken.status == nan.status == "error"
+    assert "nothing_like_it" in broken.reason
+    assert "accuracy is not a finite number" in nan.reason
+    assert exact.parts["accuracy"] == 1  # ours, not theirs
+
+
+def test_a_verifier_may_judge_batches(third_party):
+    reward = RewardConfig("longest", "")
+    verdicts = third_party.score([Item("ab", reward), Item("abcd", reward)])
+    assert [v.score for v in verdicts] == [0.5, 1.0]
+
+
+def test_the_servers_defaults_are_overridden_by_rows_and_items(boxes_item):
+    shifted = "[{'bbox_2d': [115, 100, 315, 300], 'label': 'dog'}]"
+    router = Router(workers=1, defaults={"iou_threshold": 0.9})
+    try:
+        scores = [
+            verdict.parts["accuracy"]
+            for verdict in router.score(
+                [
+                    boxes_item(shifted),
+                    boxes_item(shifted, iou_threshold=0.5),
+                    boxes_item(shifted, threshold=0.5),
+                    boxes_item(shifted, threshold=0.9, iou_threshold=0.5),
+                ]
+            )
+        ]
+    finally:
+        router.close()
+    assert [score > 0 for score in scores] == [False, True, True, False]
 
 
 def test_a_mixed_batch_is_answered_in_order(router, boxes_item, math_item):
@@ -62,7 +142,7 @@ def test_the_score_is_the_rows_combination(router, math_item):
 def test_what_cannot_be_judged_is_an_error_with_a_reason(router, boxes_item, math_item):
     no_ratio = dataclasses.replace(math_item("1").reward, accuracy_ratio=0.0, format_ratio=0.0)
     items = {
-        "unknown verifier 'nonsense'; known are detection, mathverify": with_verifier(
+        "unknown verifier 'nonsense'; known are combination, counting, detection": with_verifier(
             boxes_item(), "nonsense"
         ),
         "unknown verifier 'worker'": with_verifier(boxes_item(), "worker"),
@@ -96,64 +176,13 @@ def test_hostile_completions_cost_their_neighbours_nothing(router, math_item, bo
     assert {(v.status, v.score) for v in verdicts} == {("ok", 0.0)}
 
 
-def test_a_worker_that_dies_is_replaced(math_item):
-    others = worker_pids()
-    router = Router(workers=1, limit=60)
-    try:
-        assert router.score([math_item("42")])[0].score == 1
-        (pid,) = worker_pids() - others
-        killer = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
-        killer.start()
-        slow = Item(HOSTILE["a tower of exponents"], math_item("1").reward)
-        verdicts = router.score([slow, math_item("42")])
-        killer.join()
-        assert verdicts[0].status == "error"
-        assert "the verifier process died (exit status -9)" in verdicts[0].reason
-        assert verdicts[1].score == 1
-    finally:
-        router.close()
-    assert worker_pids() == others
-
-
 def worker_pids():
     children = psutil.Process().children()
     return {child.pid for child in children if "vtriune_jax.verifiers.worker" in child.cmdline()}
 
 
-def test_workers_import_no_jax(router, math_item):
-    router.score([math_item("42")])
+def test_workers_import_no_jax(router, math_item, boxes_item):
+    router.score([math_item("42"), boxes_item()] * 8)
     libraries = {line.path for pid in worker_pids() for line in psutil.Process(pid).memory_maps()}
     assert libraries
     assert not [path for path in libraries if "jaxlib" in path or "torch" in path]
-
-
-def test_a_verifier_is_one_function_in_a_file(tmp_path, monkeypatch, boxes_item):
-    """One on batches; those on single completions run in workers, which see only the package."""
-    (tmp_path / "longest.py").write_text(
-        "def verify_batch(items):\n"
-        "    most = max(len(item.completion) for item in items)\n"
-        "    return [{'accuracy': len(i.completion) / most, 'format': 1} for i in items]\n"
-    )
-    (tmp_path / "broken.py").write_text("import nothing_like_it\ndef verify_batch(items): ...\n")
-    (tmp_path / "nan.py").write_text(
-        "def verify_batch(items):\n    return [{'accuracy': float('nan'), 'format': 0}]\n"
-    )
-    folders = [*vtriune_jax.verifiers.__path__, str(tmp_path)]
-    monkeypatch.setattr(vtriune_jax.verifiers, "__path__", folders)
-    known_verifiers.cache_clear()
-    router = Router(workers=1)
-    try:
-        reward = RewardConfig("longest", "")
-        verdicts = router.score([Item("ab", reward), Item("abcd", reward)])
-        assert [v.score for v in verdicts] == [0.5, 1.0]
-        broken, nan = router.score(
-            [with_verifier(boxes_item(), name) for name in ("broken", "nan")]
-        )
-        assert broken.status == nan.status == "error"
-        assert "nothing_like_it" in broken.reason
-        assert "accuracy is not a finite number" in nan.reason
-    finally:
-        router.close()
-        known_verifiers.cache_clear()
-        for name in ("longest", "nan"):
-            sys.modules.pop(f"vtriune_jax.verifiers.{name}", None)

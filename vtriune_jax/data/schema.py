@@ -2,8 +2,9 @@
 
 A row: `data_source`, `images` (encoded bytes), `prompt` (chat turns with `<image>` once per image),
 `ability`, `reward_model` (how to judge it) and `extra_info`. Columns we do not know are ignored.
-Our one optional addition is `extra_info.demonstration`, the text that supervised fine-tuning
-imitates.
+Our optional additions are `extra_info.demonstration`, the text that supervised fine-tuning
+imitates, and `reward_model.verifier_parm.json`, a JSON object of parameters beside those of
+detection.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ DETECTION_RATIOS = {
     "map75": 0.0,
 }
 """Every weight of the box reward, with V-Triune's values."""
+_COLUMNS = ("det_verifier_normalized", "det_reward_ratio")
+"""Parameters of verifiers that have columns of their own; the others are in one, as JSON."""
 _FEATURES: dict[str, Any] = {
     "data_source": "string",
     "images": [Image],
@@ -46,6 +49,7 @@ _FEATURES: dict[str, Any] = {
         "verifier_parm": {
             "det_verifier_normalized": "bool",
             "det_reward_ratio": dict.fromkeys(DETECTION_RATIOS, "float32"),
+            "json": "string",
         },
     },
     "extra_info": {"id": "string", "image_path": "string", "demonstration": "string"},
@@ -112,10 +116,11 @@ def to_sample(
 def to_row(sample: Sample, image_path: str | None = None) -> dict[str, Any]:
     """The inverse of `to_sample`: a row that `arrow_schema` accepts."""
     reward = sample.reward
-    params = {"det_verifier_normalized": None, "det_reward_ratio": None, **reward.params}
-    ratios = params["det_reward_ratio"]
-    if ratios is not None:
+    others = dict(reward.params)
+    params = {name: others.pop(name, None) for name in _COLUMNS}
+    if (ratios := params["det_reward_ratio"]) is not None:
         params["det_reward_ratio"] = {name: ratios.get(name) for name in DETECTION_RATIOS}
+    params["json"] = json.dumps(others) if others else None
     return {
         "data_source": sample.data_source,
         "images": [{"bytes": data, "path": None} for data in sample.images],
@@ -206,8 +211,22 @@ def _reward(
         answer=config.get("answer") or "",
         accuracy_ratio=accuracy,
         format_ratio=format_ratio,
-        params=without_nulls(config.get("verifier_parm") or {}),
+        params=_parameters(config.get("verifier_parm") or {}, where),
     )
+
+
+def _parameters(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    params = without_nulls(given)
+    text = params.pop("json", "{}")
+    try:
+        others = json.loads(text)
+    except ValueError:
+        others = None
+    if not isinstance(others, dict):
+        raise UserError(
+            f"{where}: reward_model.verifier_parm.json is {text!r}, expected a JSON object"
+        )
+    return params | others
 
 
 def without_nulls(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,15 +3,22 @@ serves them.
 
 A verifier judges a completion by a function `verify`:
 
-    # vtriune_jax/verifiers/exact.py — a row asks for it with reward_model.verifier = "exact"
+    # vtriune_jax/verifiers/same.py — a row asks for it with reward_model.verifier = "same"
     def verify(completion, ground_truth, params, progress):
         answer = last_answer(completion)
         return {"accuracy": float(answer == ground_truth), "format": float(answer is not None)}
 
-It returns the parts of the reward, `accuracy` and `format` among them, and raises when it cannot
-judge (the completion is then masked, not scored 0). It runs under a time limit in a worker process
-without JAX, so it may be slow, leak or hang. A verifier that is fast only on whole batches defines
-`verify_batch(items) -> list of parts or exceptions` instead, and runs in the router's own process.
+`params` are the row's `verifier_parm`, to which the router adds `grid`, the (height, width) of each
+processed image. `verify` returns the parts of the reward, `accuracy` and `format` among them, and
+raises when it cannot judge (the completion is then masked, not scored 0). It runs under a time
+limit in a worker process without JAX, so it may be slow, leak or hang.
+
+A verifier that is fast on many completions defines `verify_batch(tasks)` as well, a task being the
+four arguments of `verify` as a tuple: it returns the parts or an exception for each, and a worker
+calls it for a whole chunk at once.
+
+Another package adds its own by an entry point of the group `vtriune_jax.verifiers`, whose value is
+the module: `same = "their_package.same"`.
 """
 
 from __future__ import annotations
@@ -19,20 +26,28 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
 
-_DEFINES = re.compile(r"^def (verify|verify_batch)\(", re.MULTILINE)
+_DEFINES = re.compile(r"^def verify\(", re.MULTILINE)
 
 
 @cache
-def known_verifiers() -> Mapping[str, Literal["verify", "verify_batch"]]:
-    """Name → the function that it defines, for every verifier of this package.
+def known_verifiers() -> Mapping[str, str]:
+    """Name → module of every verifier of this package and of those that extend it.
 
-    The files are searched, not imported: who only needs the names need not load SymPy or JAX.
+    Files are searched, not imported: who only needs the names need not load SymPy. A name of ours
+    cannot be taken by another package.
     """
-    found = {}
+    found = {entry.name: entry.value for entry in entry_points(group="vtriune_jax.verifiers")}
     for path in sorted(path for folder in __path__ for path in Path(folder).glob("[!_]*.py")):
-        if match := _DEFINES.search(path.read_text("utf-8")):
-            found[path.stem] = match[1]
+        if _DEFINES.search(path.read_text("utf-8")):
+            found[path.stem] = f"{__name__}.{path.stem}"
     return found
+
+
+def load(name: str) -> ModuleType:
+    """The module of a known verifier, imported; KeyError for an unknown name."""
+    return import_module(known_verifiers()[name])

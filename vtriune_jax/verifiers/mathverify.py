@@ -4,12 +4,10 @@ r"""Answers in `\boxed{}` judged by math-verify, for everything whose answer is 
     format     a quarter for each of the four tags that occurs exactly once, newlines included
 
 The gold answer is read with math-verify's default extraction; of the completion only LaTeX counts,
-a box before anything else. Different from the original on purpose:
+a box before anything else. How this differs from the original is in docs/vtriune_compat.md.
 
-* The text is not lower-cased, so `\Pi` is not `\pi` and `X` not `x`.
-* A ground truth that cannot be read is an error (the completion is masked), not a reward of 0.
-* math-verify's own alarms are off: they need a main thread and leave SymPy in any state. The worker
-  process that runs this is killed at its time limit instead.
+math-verify's own alarms are off: they need a main thread and leave SymPy in any state. The worker
+process that runs this is killed at its time limit instead.
 """
 
 from __future__ import annotations

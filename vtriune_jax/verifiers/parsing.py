@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _FENCE = "```"
@@ -18,6 +17,8 @@ _LONGEST = 2**18
 enough that hostile ones are read in a fraction of a second."""
 _LARGEST = 1e9
 """Coordinates beyond this are no pixels of any image (and would overflow an area)."""
+_NUMBERS = {int, float}
+"""bool is none."""
 
 # JSON, or what Python prints. In single quotes an apostrophe ends the string only where a string
 # may end, so that 'dog's bowl' is read as meant. Possessive throughout: nothing is tried twice.
@@ -34,8 +35,7 @@ _JSON_ESCAPES = {r"\'": "'", '"': r"\""}
 _JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
-@dataclass(frozen=True)
-class LabelledBox:
+class LabelledBox(NamedTuple):
     """One object of an answer, in the units of the text."""
 
     coords: tuple[float, float, float, float]
@@ -61,13 +61,21 @@ def parse_boxes(text: str) -> list[LabelledBox]:
     label are dropped, and so are repetitions of the same coordinates. Empty without such a list.
     """
     boxes: dict[tuple[float, ...], LabelledBox] = {}
-    for entry in _unnest(_parse_list(_unfenced(text.strip()))):
+    for entry in parse_list(text):
         if box := _box(entry):
             boxes.setdefault(box.coords, box)
     return list(boxes.values())
 
 
-def _unfenced(text: str) -> str:
+def parse_list(text: str) -> list[Any]:
+    """A list in JSON or Python notation, mended when it was cut off; empty when that fails.
+
+    A code fence around it and one extra pair of brackets are removed.
+    """
+    return _unnest(_parse_list(unfenced(text.strip())))
+
+
+def unfenced(text: str) -> str:
     """What a Markdown code fence around the whole text holds, or the text."""
     if not (text.startswith(_FENCE) and text.endswith(_FENCE)):
         return text
@@ -76,7 +84,6 @@ def _unfenced(text: str) -> str:
 
 
 def _parse_list(text: str) -> list[Any]:
-    """A list in JSON or Python notation, mended when it was cut off; empty when that fails."""
     if len(text) > _LONGEST:
         return []
     attempts = [text]
@@ -127,16 +134,20 @@ def _unnest(value: list[Any]) -> list[Any]:
 
 
 def _box(entry: Any) -> LabelledBox | None:
-    if not isinstance(entry, dict):
-        return None
-    entry = {key.lower(): value for key, value in entry.items()}
-    coords, label = entry.get("bbox_2d"), entry.get("label")
+    try:
+        coords, label = entry["bbox_2d"], entry["label"]
+    except (KeyError, TypeError):
+        if not isinstance(entry, dict):
+            return None
+        entry = {key.lower(): value for key, value in entry.items()}
+        coords, label = entry.get("bbox_2d"), entry.get("label")
     if not isinstance(coords, list) or not isinstance(label, str):
         return None
-    coords = _unnest(coords)
-    if len(coords) != 4 or any(type(value) not in (int, float) for value in coords):
+    if len(coords) != 4:
+        coords = _unnest(coords)
+    if len(coords) != 4 or not _NUMBERS.issuperset(map(type, coords)):
         return None
-    if not all(abs(value) <= _LARGEST for value in coords):  # NaN is not
-        return None
-    x1, y1, x2, y2 = (float(value) for value in coords)
-    return LabelledBox((x1, y1, x2, y2), label.lower()) if x1 <= x2 and y1 <= y2 else None
+    x1, y1, x2, y2 = coords
+    if -_LARGEST <= x1 <= x2 <= _LARGEST and -_LARGEST <= y1 <= y2 <= _LARGEST:  # NaN is not
+        return LabelledBox((x1, y1, x2, y2), label.lower())
+    return None

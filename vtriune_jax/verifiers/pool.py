@@ -1,19 +1,36 @@
-"""A pool of worker processes with a hard time limit per completion."""
+"""A pool of worker processes with a hard time limit per completion.
+
+What waits is handed out in chunks, one message each, and answered task by task; a task is one
+completion, or several for a verifier that judges whole batches. When a task overruns its limit or
+kills its worker, the process is replaced and blame is settled: completions judged together go back
+into the queue to be judged alone, one that was alone is at fault (a death may also have come from
+outside, so it gets a second chance), and those behind it in the chunk just wait for another worker.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing.connection import Pipe
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
-from queue import LifoQueue
 from typing import Any
 
+from vtriune_jax.verifiers.pipe import receive, send
+from vtriune_jax.verifiers.worker import Call
+
+CHUNK = 64
+"""Completions in one message to a worker at most."""
 _IMPORT_LIMIT = 120.0
 """Seconds for a worker to start and import a verifier on a machine busy with other things."""
+
+Answer = Mapping[str, Any] | str | Exception
+"""Parts of the reward, the reason why there are none, or `TimeoutError` or `WorkerDied`."""
 
 
 def child_environment() -> dict[str, str]:
@@ -27,83 +44,229 @@ class WorkerDied(RuntimeError):
     """The process ended while it was judging (a crash in C code, or the kernel's memory killer)."""
 
 
+@dataclass(eq=False)
+class _Job:
+    """One completion in the queue."""
+
+    module: str
+    function: str
+    call: Call
+    answer: Future[Answer] = field(default_factory=Future)
+    alone: bool = False
+    """Not to be judged together with others any more."""
+    deaths: int = 0
+
+
 class Worker:
-    """One process and our end of the pipe to it. Not for use by two threads at once."""
+    """One process and our end of the socket to it. Not for use by two threads at once."""
 
     def __init__(self) -> None:
-        self._connection, theirs = Pipe()
+        self._socket, theirs = socket.socketpair()
         with theirs:
             # not multiprocessing: fork would copy JAX's locks, spawn would import the user's main
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "vtriune_jax.verifiers.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env=child_environment(),
+                # the accelerator is the trainer's, the other cores are the other workers'
+                env={**child_environment(), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
             )
-        self._loaded: set[str] = set()
+        self._loaded: dict[str, bool | str] = {}
 
-    def judge(self, name: str, args: Sequence[Any], limit: float) -> Mapping[str, Any] | str:
-        """Parts of the reward or the reason why there are none.
+    def load(self, module: str) -> bool | str:
+        """Import a verifier: whether it judges whole batches; the reason if that fails."""
+        if module not in self._loaded:
+            self.send(("load", module), _IMPORT_LIMIT)
+            self._loaded[module] = self.receive(_IMPORT_LIMIT)
+        return self._loaded[module]
 
-        `TimeoutError`, `WorkerDied`: the worker is of no use any more and must be closed.
-        """
-        if name not in self._loaded:
-            if problem := self._ask((name, None, 0.0), _IMPORT_LIMIT):
-                return problem
-            self._loaded.add(name)
-        return self._ask((name, tuple(args), limit), limit)
-
-    def _ask(self, message: Any, limit: float) -> Any:
+    def send(self, message: Any, limit: float) -> None:
+        """`TimeoutError`, `WorkerDied`: it is of no use any more and must be closed."""
         try:
-            self._connection.send(message)
-            if not self._connection.poll(limit):
-                raise TimeoutError(f"took longer than {limit:g} s")
-            return self._connection.recv()
-        except (EOFError, ConnectionError) as error:
-            code = self._process.wait()
-            raise WorkerDied(f"the verifier process died (exit status {code})") from error
+            self._socket.settimeout(limit)
+            send(self._socket, message)
+        except TimeoutError:
+            raise TimeoutError(f"took longer than {limit:g} s") from None
+        except OSError as error:
+            raise self._died() from error
+
+    def receive(self, limit: float) -> Any:
+        """The next message; errors as for `send`."""
+        try:
+            self._socket.settimeout(limit)
+            return receive(self._socket)
+        except TimeoutError:
+            raise TimeoutError(f"took longer than {limit:g} s") from None
+        except (EOFError, OSError) as error:
+            raise self._died() from error
+
+    def _died(self) -> WorkerDied:
+        return WorkerDied(f"the verifier process died (exit status {self._process.wait()})")
 
     def close(self) -> None:
         """End the process at once."""
         self._process.kill()
         self._process.wait()
-        self._connection.close()
+        self._socket.close()
 
 
 class Pool:
     """`size` workers, started when they are first needed, replaced when they had to be killed."""
 
     def __init__(self, size: int, limit: float) -> None:
-        self.limit = limit
-        self._threads = ThreadPoolExecutor(size, thread_name_prefix="verifier")
-        self._idle: LifoQueue[Worker | None] = LifoQueue()
-        for _ in range(size):
-            self._idle.put(None)
-        self._size = size
+        self.size, self.limit = size, limit
+        self.replaced = 0
+        """Workers that overran their limit, died or grew too large so far."""
+        self._jobs: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._idle = 0
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"verifier-{k}", daemon=True)
+            for k in range(size)
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def submit(self, name: str, args: Sequence[Any]) -> Future[Mapping[str, Any] | str | Exception]:
-        """Judge `args` by the verifier `name`: its parts, the reason why there are none, or
-        `TimeoutError` or `WorkerDied`, as the future's result."""
-        return self._threads.submit(self._judge, name, args)
+    def submit(self, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[Future[Answer]]:
+        """Judge by `verify`, or `verify_batch` where there is one, each `(module, arguments)`.
 
-    def _judge(self, name: str, args: Sequence[Any]) -> Mapping[str, Any] | str | Exception:
-        worker = self._idle.get()
-        try:
-            worker = worker or Worker()
-            return worker.judge(name, args, self.limit)
-        except (TimeoutError, WorkerDied) as error:
-            if worker:
-                worker.close()
-            worker = None
-            return error
-        finally:
-            self._idle.put(worker)
+        An answer may be cancelled until a worker has it.
+        """
+        return self._add([_Job(module, "verify", (tuple(args), {})) for module, args in calls])
+
+    def call(self, module: str, function: str, *args: Any, **keywords: Any) -> Future[Answer]:
+        """The same for any other function of a module."""
+        return self._add([_Job(module, function, (args, keywords))])[0]
+
+    @property
+    def waiting(self) -> int:
+        """Completions that no worker has yet."""
+        return len(self._jobs)
+
+    def _add(self, jobs: Sequence[_Job]) -> list[Future[Answer]]:
+        with self._changed:
+            if self._closed:
+                for job in jobs:
+                    job.answer.set_result("the verifiers were closed")
+            else:
+                self._jobs.extend(jobs)
+                self._changed.notify_all()
+        return [job.answer for job in jobs]
 
     def close(self) -> None:
         """Finish what is being judged, cancel what waits, end the workers."""
-        self._threads.shutdown(cancel_futures=True)
-        for _ in range(self._size):
-            if worker := self._idle.get():
-                worker.close()
-        for _ in range(self._size):
-            self._idle.put(None)
+        with self._changed:
+            self._closed = True
+            for job in self._jobs:
+                job.answer.cancel()
+            self._jobs.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self) -> None:
+        """A thread's life: its own worker judges chunk by chunk."""
+        worker: Worker | None = None
+        while not self._closed:
+            if jobs := self._take():
+                worker = self._judge(worker, jobs)
+        if worker:
+            worker.close()
+
+    def _take(self) -> list[_Job]:
+        """A fair share of what waits; blocks until there is something; empty when closed."""
+        with self._changed:
+            self._idle += 1
+            while not self._jobs and not self._closed:
+                self._changed.wait()
+            share = min(-(-len(self._jobs) // self._idle), CHUNK)
+            self._idle -= 1
+            jobs = [self._jobs.popleft() for _ in range(share)]
+        # those that were put back are running already
+        return [
+            job for job in jobs if job.answer.running() or job.answer.set_running_or_notify_cancel()
+        ]
+
+    def _put_back(self, jobs: Sequence[_Job]) -> None:
+        with self._changed:
+            if self._closed:
+                for job in jobs:
+                    job.answer.set_result("the verifiers were closed")
+            else:
+                self._jobs.extendleft(reversed(jobs))
+                self._changed.notify(len(jobs))
+
+    def _judge(self, worker: Worker | None, jobs: list[_Job]) -> Worker | None:
+        """Answer the jobs or put them back; the worker to go on with, if it still lives."""
+        try:
+            worker = worker or Worker()
+        except OSError as error:  # no memory or processes left
+            for job in jobs:
+                job.answer.set_result(error)
+            return None
+        tasks, worn = self._prepare(worker, jobs)
+        try:
+            if not worn:
+                worker.send(("judge", [_message(task) for task in tasks], self.limit), self.limit)
+            while tasks and not worn:
+                answers, worn = worker.receive(self.limit)
+                for job, answer in zip(tasks.pop(0), answers, strict=True):
+                    job.answer.set_result(answer)
+        except (TimeoutError, WorkerDied) as error:
+            self._blame(tasks.pop(0), error)
+            worn = True
+        self._put_back([job for task in tasks for job in task])
+        if not worn:
+            return worker
+        worker.close()
+        self.replaced += 1
+        return None
+
+    def _prepare(self, worker: Worker, jobs: Sequence[_Job]) -> tuple[list[list[_Job]], bool]:
+        """Import the verifiers; what is left to judge, as tasks, and whether the worker died."""
+        tasks: list[list[_Job]] = []
+        broken = False
+        for module in {job.module: None for job in jobs}:
+            mine = [job for job in jobs if job.module == module]
+            if broken:
+                tasks.append(mine)
+                continue
+            try:
+                loaded = worker.load(module)
+            except (TimeoutError, WorkerDied) as error:
+                for job in mine:
+                    self._blame([job], error)
+                broken = True
+                continue
+            if isinstance(loaded, str):
+                for job in mine:
+                    job.answer.set_result(loaded)
+            else:
+                tasks += _tasks(mine, batched=loaded)
+        return tasks, broken
+
+    def _blame(self, task: Sequence[_Job], error: TimeoutError | WorkerDied) -> None:
+        """Judge one by one what was judged together; one that was alone gets the error."""
+        for job in task:
+            first_death = isinstance(error, WorkerDied) and job.deaths == 0
+            if len(task) > 1 or first_death:
+                job.deaths += first_death and len(task) == 1
+                job.alone = True
+                self._put_back([job])
+            else:
+                job.answer.set_result(error)
+
+
+def _tasks(jobs: Sequence[_Job], batched: bool) -> list[list[_Job]]:
+    """Those that may be judged together first, then the others one by one."""
+    if not batched:
+        return [[job] for job in jobs]
+    together = [job for job in jobs if job.function == "verify" and not job.alone]
+    alone = [[job] for job in jobs if job.function != "verify" or job.alone]
+    return [together, *alone] if together else alone
+
+
+def _message(task: Sequence[_Job]) -> tuple[str, str, list[Call]]:
+    function = "verify_batch" if len(task) > 1 else task[0].function
+    return task[0].module, function, [job.call for job in task]

@@ -6,14 +6,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from importlib import import_module
 from typing import Any
 
 from vtriune_jax.rewards.shaping import combine
 from vtriune_jax.types import Verdict
 from vtriune_jax.verifiers import known_verifiers
 from vtriune_jax.verifiers.item import Item
-from vtriune_jax.verifiers.pool import Pool
+from vtriune_jax.verifiers.pool import Answer, Pool
 from vtriune_jax.verifiers.worker import describe, guarded
 
 TIME_LIMIT = 5.0
@@ -21,49 +20,60 @@ TIME_LIMIT = 5.0
 
 
 class Router:
-    """The verifiers of one process: those on batches run here, the others in a pool of workers.
+    """The verifiers of one process, in a pool of workers.
 
     `score` may be called from several threads at once. `close` ends the workers.
     """
 
-    def __init__(self, workers: int = 0, limit: float = TIME_LIMIT) -> None:
-        """`workers` = 0 takes one per CPU core; none is started before it is needed."""
-        self._pool = Pool(workers or os.cpu_count() or 1, limit)
+    def __init__(
+        self,
+        workers: int = 0,
+        limit: float = TIME_LIMIT,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`workers` = 0 takes one per CPU core; none is started before it is needed. `defaults` are
+        parameters of verifiers (`iou_threshold`, say) for rows that do not give them."""
+        self.pool = Pool(workers or os.cpu_count() or 1, limit)
+        self._defaults = dict(defaults or {})
+
+    def submit(self, items: Sequence[Item]) -> list[Future[Answer] | str]:
+        """Begin to judge; what it gives is for `collect`, or to be cancelled."""
+        known = known_verifiers()
+        calls = [
+            (known[item.reward.verifier], task(item, self._defaults))
+            for item in items
+            if item.reward.verifier in known
+        ]
+        begun = iter(self.pool.submit(calls))
+        return [
+            next(begun)
+            if item.reward.verifier in known
+            else f"unknown verifier {item.reward.verifier!r}; known are {', '.join(known)}"
+            for item in items
+        ]
+
+    def collect(
+        self, items: Sequence[Item], answers: Sequence[Future[Answer] | str]
+    ) -> list[Verdict]:
+        """Wait for what `submit` began: one verdict per item, in order."""
+        return [_verdict(item, answer) for item, answer in zip(items, answers, strict=True)]
 
     def score(self, items: Sequence[Item]) -> list[Verdict]:
         """One verdict per item, in order, whatever the completions are."""
-        kinds = known_verifiers()
-        answers: list[Any] = []
-        batches: dict[str, list[int]] = {}
-        for k, item in enumerate(items):
-            name = item.reward.verifier
-            kind = kinds.get(name)
-            if kind == "verify":
-                answers.append(self._pool.submit(name, _arguments(item)))
-            elif kind == "verify_batch":
-                batches.setdefault(name, []).append(k)
-                answers.append(None)
-            else:
-                answers.append(f"unknown verifier {name!r}; known are {', '.join(kinds)}")
-        for name, places in batches.items():  # while the workers are busy
-            for k, answer in zip(places, _batch(name, [items[k] for k in places]), strict=True):
-                answers[k] = answer
-        return [_verdict(item, answer) for item, answer in zip(items, answers, strict=True)]
+        return self.collect(items, self.submit(items))
 
     def close(self) -> None:
         """Finish what is being judged, cancel what waits, end the workers."""
-        self._pool.close()
+        self.pool.close()
 
 
-def _arguments(item: Item) -> tuple[str, str, dict[str, Any], float]:
+def task(item: Item, defaults: Mapping[str, Any]) -> tuple[str, str, dict[str, Any], float]:
+    """The arguments of `verify`: plain Python, so that a worker needs none of our types."""
     reward = item.reward
-    return item.completion, reward.ground_truth, dict(reward.params), item.progress
-
-
-def _batch(name: str, items: Sequence[Item]) -> Sequence[Any]:
-    module = guarded(import_module, f"vtriune_jax.verifiers.{name}")
-    answers = module if isinstance(module, Exception) else guarded(module.verify_batch, items)
-    return [answers] * len(items) if isinstance(answers, Exception) else answers
+    params = {**defaults, **reward.params, "grid": item.grid}
+    if item.threshold is not None:
+        params["iou_threshold"] = item.threshold
+    return item.completion, reward.ground_truth, params, item.progress
 
 
 def _verdict(item: Item, answer: Any) -> Verdict:

@@ -1,8 +1,8 @@
-"""The process in which completions are judged, one at a time, and may do as they please.
+"""The process in which completions are judged, one task at a time, and may do as they please.
 
-Started by `pool` as `python -m vtriune_jax.verifiers.worker FD`, FD being its end of a pipe. It
-imports neither JAX nor much else, so that a new one is there in a blink when the old one had to be
-killed; and it ends with its parent, even in mid-thought.
+Started by `pool` as `python -m vtriune_jax.verifiers.worker FD`, FD being its end of a socket. It
+imports only what the verifiers asked for need, so that a new one is there in a blink when the old
+one had to be killed; and it ends with its parent, even in mid-thought.
 """
 
 from __future__ import annotations
@@ -10,14 +10,25 @@ from __future__ import annotations
 import contextlib
 import resource
 import signal
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
-from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-MEMORY_LIMIT = 2 * 2**30
-"""Bytes of address space: what makes SymPy blow up ends in MemoryError, not in swap."""
+from vtriune_jax.verifiers.pipe import receive, send
+
+MEMORY_LIMIT = 2**30
+"""Bytes of data: what makes SymPy blow up ends in MemoryError, not in swap. Address space that is
+only reserved, as JAX and malloc do by the gigabyte, does not count."""
+_RETIREMENT = MEMORY_LIMIT // 2
+"""Resident bytes with which a worker asks to be replaced, lest its next task find no memory."""
+_STATM = Path("/proc/self/statm")
+
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Arguments and keyword arguments of one call."""
 
 
 def guarded(function: Callable[..., Any], *args: Any) -> Any:
@@ -38,33 +49,61 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
 
 
-def judge(name: str, *args: Any) -> Any:
-    """Parts of the reward, or the reason (a string) why there are none."""
-    parts = guarded(import_module(f"vtriune_jax.verifiers.{name}").verify, *args)
-    return describe(parts) if isinstance(parts, Exception) else parts
+def judge(module: str, function: str, calls: Sequence[Call]) -> list[Any]:
+    """Parts of the reward, or the reason (a string) why there are none, for each of `calls`.
+
+    `verify_batch` gets them all at once, any other `function` of the module one after the other.
+    """
+    called = getattr(import_module(module), function)
+    if function == "verify_batch":
+        answers = guarded(called, [args for args, _ in calls])
+        if not isinstance(answers, list) or len(answers) != len(calls):
+            wrong = ValueError(f"{module}.verify_batch did not return a list of {len(calls)}")
+            answers = [answers if isinstance(answers, Exception) else wrong] * len(calls)
+    else:
+        answers = [guarded(partial(called, **keywords), *args) for args, keywords in calls]
+    return [describe(each) if isinstance(each, Exception) else each for each in answers]
+
+
+def _load(module: str) -> bool | str:
+    """Import a verifier: whether it judges whole batches; the reason if it cannot be imported."""
+    loaded = guarded(import_module, module)
+    if isinstance(loaded, Exception):
+        return describe(loaded)
+    return hasattr(loaded, "verify_batch")
 
 
 def main(fd: int) -> None:
-    """Answer `(name, args, limit)` with parts or a reason, until the other end closes.
+    """Answer until the other end closes.
 
-    `(name, None, _)` only imports the verifier: the time that takes is not the completion's.
+    `("load", module)` with what `_load` says: the time that takes is not the completion's.
+    `("judge", tasks, limit)`, a task being `(module, function, calls)`, with one message per task,
+    `(answers, whether a new worker should take over)`.
     """
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     # The other end may close while we answer, too, if its process was killed.
-    with contextlib.suppress(EOFError, ConnectionError), Connection(fd) as parent:
+    with contextlib.suppress(EOFError, ConnectionError), socket.socket(fileno=fd) as parent:
         while True:
-            name, args, limit = parent.recv()
-            if args is None:
-                problem = guarded(import_module, f"vtriune_jax.verifiers.{name}")
-                parent.send(describe(problem) if isinstance(problem, Exception) else None)
-                continue
-            # Our parent kills us at `limit`. Should it be gone by then, this signal does: its
-            # default action needs no cooperation from the interpreter.
-            signal.setitimer(signal.ITIMER_REAL, limit + 1)
-            answer = judge(name, *args)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            parent.send(answer)
+            match receive(parent):
+                case "load", module:
+                    send(parent, _load(module))
+                case "judge", tasks, limit:
+                    for task in tasks:
+                        # Our parent kills us at `limit`. Should it be gone by then, this signal
+                        # does: its default action needs no cooperation from the interpreter.
+                        signal.setitimer(signal.ITIMER_REAL, limit + 1)
+                        answers = judge(*task)
+                        signal.setitimer(signal.ITIMER_REAL, 0)
+                        send(parent, (answers, _resident() > _RETIREMENT))
+
+
+def _resident() -> int:
+    """Bytes of memory in use now; 0 where the system does not tell (its peak is no substitute)."""
+    if not _STATM.exists():
+        return 0
+    return int(_STATM.read_text().split()[1]) * resource.getpagesize()
 
 
 if __name__ == "__main__":
