@@ -77,8 +77,11 @@ def get_config() -> Any:
         max_pixels=2048 * 2048,
         # Append a random request for reasoning to prompts whose verifier is mathverify.
         cot_prompts=True,
-        # A row that cannot be read: "error" stops the run, "skip" counts it and goes on.
+        # A row that cannot be read or is larger than its slot in the batch: "error" stops the run,
+        # "skip" counts it (metric skipped_rows) and takes the next one.
         on_bad_row="error",
+        # Threads that decode images and make prompts, ahead of the step that needs them.
+        threads=8,
         # Folder in which the built-in sources are written as parquet; ~ is the home directory.
         cache="~/.cache/vtriune_jax/data",
     )

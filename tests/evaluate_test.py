@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -6,6 +7,7 @@ import pytest
 
 from vtriune_jax import evaluate as module
 from vtriune_jax.data.packing import Slots
+from vtriune_jax.errors import UserError
 from vtriune_jax.evaluate import evaluate, items, read_means, save_means
 from vtriune_jax.metrics import SourceMean
 from vtriune_jax.types import Completion, Group, Prompt, RewardConfig, Sample, Vision
@@ -45,10 +47,14 @@ def make_parts(monkeypatch):
     monkeypatch.setattr(module, "make_encode", lambda *_: lambda params, vision: vision.segments)
     with InProcess() as verifiers:
 
-        def make(batch):
+        def make(batch, on_bad_row="error"):
             keys = {"batch": batch, "temperature": 0.5, "iou_threshold": 0.5}
             return SimpleNamespace(
-                config=SimpleNamespace(eval=SimpleNamespace(**keys), seed=3),
+                config=SimpleNamespace(
+                    eval=SimpleNamespace(**keys),
+                    data=SimpleNamespace(threads=2, on_bad_row=on_bad_row),
+                    seed=3,
+                ),
                 slots=Slots(prompt_tokens=9, completion_tokens=4, windows=2, pad_id=0),
                 model_config=SimpleNamespace(vision=SimpleNamespace(patch_size=14)),
                 heldout=tuple(map(make_sample, range(7))),
@@ -88,6 +94,50 @@ def test_nothing_to_evaluate(make_parts):
     parts = make_parts(batch=3)
     parts.heldout = ()
     assert evaluate(parts, {}).means() == {}
+
+
+class Picky:
+    """A prompter that cannot make anything of some samples."""
+
+    def __init__(self, broken):
+        self.broken = broken
+
+    def __call__(self, sample):
+        if sample.id in self.broken:
+            raise UserError(f"sample {sample.id} is broken")
+        return make_prompt(sample)
+
+
+def test_bad_samples_are_left_out_and_told_of(make_parts, capsys):
+    parts = make_parts(batch=3, on_bad_row="skip")
+    parts.prompter = Picky("1345")  # the second chunk has nothing left
+    heldout = evaluate(parts, {})
+    assert [group.prompt.sample.id for group in heldout.groups] == list("026")
+    assert [len(judged) for judged in heldout.verdicts] == [1, 1, 1]
+    assert [call[0] for call in parts.engine.calls] == [3, 3]
+    told = "held-out: bad rows skipped: 4, the first: sample 1 is broken\n"
+    assert capsys.readouterr().out == told
+
+
+def test_a_bad_sample_is_an_error(make_parts):
+    parts = make_parts(batch=3)
+    parts.prompter = Picky("5")
+    with pytest.raises(UserError, match="sample 5 is broken"):
+        evaluate(parts, {})
+
+
+def test_samples_larger_than_their_slots_are_bad(make_parts):
+    parts = make_parts(batch=3)
+    parts.slots = dataclasses.replace(parts.slots, prompt_tokens=1)
+    with pytest.raises(UserError, match="sample 0: the prompt has 2 tokens, its slot 1"):
+        evaluate(parts, {})
+
+
+def test_only_bad_samples_are_an_error(make_parts):
+    parts = make_parts(batch=3, on_bad_row="skip")
+    parts.prompter = Picky("0123456")
+    with pytest.raises(UserError, match=r"no held-out row can be used, the first .*sample 0 is"):
+        evaluate(parts, {})
 
 
 def test_items_come_group_by_group_with_sizes_in_pixels(make_parts):

@@ -10,7 +10,7 @@ from configs import base
 from vtriune_jax import models, tiny
 from vtriune_jax.data.tokenizer import load_processor
 from vtriune_jax.evaluate import HeldOut
-from vtriune_jax.finish import copy_processor, finish, sample_view, sample_views
+from vtriune_jax.finish import finish, sample_view, sample_views
 from vtriune_jax.metrics import SourceMean
 from vtriune_jax.types import Completion, Group, Message, Prompt, RewardConfig, Sample, Verdict
 
@@ -64,9 +64,8 @@ def test_no_picture_and_no_boxes():
 def make_parts(folder, samples=1, **more):
     return SimpleNamespace(
         config=SimpleNamespace(log=SimpleNamespace(samples=samples), stages=("sft", "grpo")),
-        model_config=SimpleNamespace(vision=SimpleNamespace(patch_size=14)),
         checkpoint_path=folder,
-        **more,
+        **{"model_config": SimpleNamespace(vision=SimpleNamespace(patch_size=14)), **more},
     )
 
 
@@ -78,17 +77,6 @@ def test_so_many_samples_of_every_source(tmp_path):
     assert list(sample_views(heldout, make_parts(tmp_path, samples=0))) == []
 
 
-def test_processor_files_are_copied_and_nothing_else(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    target.mkdir()
-    (source / "folder").mkdir(parents=True)
-    weights = ["model.safetensors", "model-00001-of-00002.safetensors"]
-    for name in ["tokenizer.json", "config.json", "model.safetensors.index.json", *weights]:
-        (source / name).write_text(name)
-    copy_processor(source, target)
-    assert [file.name for file in target.iterdir()] == ["tokenizer.json"]
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The workdir of a finished run of a tiny model, and that model."""
@@ -98,10 +86,10 @@ def finished(tmp_path_factory):
     sizes.full_attention_layers = ()
     tiny.ensure_tiny(folder / "model", sizes, ["Where are the dogs?"], 0)
     model = models.load_pretrained(folder / "model")
-    graphdef, params = models.split(model)
+    _, params = models.split(model)
     heldout = HeldOut([make_group()], [[OK]])
     before = {"boxes": SourceMean(0.25, 1)}
-    parts = make_parts(folder / "model", graphdef=graphdef)
+    parts = make_parts(folder / "model", model_config=model.config)
     finish(parts, folder / "run", params, before, heldout, steps=3, seconds=4.0)
     return folder / "run", model
 

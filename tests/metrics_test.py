@@ -143,6 +143,11 @@ def test_update_sums_are_divided_once_per_source_and_over_all():
     json.dumps(metrics)
 
 
+def test_skipped_rows_are_counted_per_source_and_in_all():
+    metrics = finish({}, [], [], ["a", "b/c"], {}, ["b/c", "a", "b/c"])
+    assert metrics == {"skipped_rows": 3, "skipped_rows/a": 1, "skipped_rows/b_c": 2}
+
+
 def test_a_wrong_number_of_sources_or_verdicts_is_an_error():
     with pytest.raises(ValueError, match="zip"):
         finish({"kl": (jnp.ones(2), jnp.ones(2))}, [], [], ["a"], {})

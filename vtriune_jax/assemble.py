@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from vtriune_jax import models, sharding
 from vtriune_jax.data import digits
@@ -38,7 +38,7 @@ class Parts:
     """The checkpoint folder the run started from."""
     graphdef: nnx.GraphDef
     params: Any
-    """The parameters of that checkpoint."""
+    """The parameters of that checkpoint, on the mesh."""
     prompter: Prompter
     slots: Slots
     train: tuple[tuple[Source, float], ...]
@@ -75,7 +75,12 @@ def assemble(config: Any, workdir: Path) -> Iterator[Parts]:
     train = tuple((_load(config, name, "train"), float(w)) for name, w in config.data.train)
     heldout = _heldout(config)
     path = _checkpoint_path(config, workdir)
-    model = models.load_pretrained(path, dtype=config.model.dtype, remat=config.model.remat)
+    model = models.load_pretrained(
+        path,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+        shardings=lambda name, shape: NamedSharding(mesh, sharding.spec(name, shape, mesh)),
+    )
     graphdef, params = models.split(model)
     prompter = Prompter(
         load_processor(path),

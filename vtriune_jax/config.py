@@ -91,6 +91,7 @@ RULES: tuple[tuple[str, Test, str], ...] = (
     (r"data\.heldout|verifiers\.addresses", strings, 'strings, as in ("digits/counting",)'),
     (r"data\.(min|max)_pixels", lambda area: area >= 28 * 28, "at least 784, one 28×28 token"),
     (r"data\.on_bad_row", *one_of("error", "skip")),
+    (r"data\.threads", positive, "above 0"),
     (r"batch\.\w+", positive, "above 0"),
     (r"(sft|grpo)\.(steps|warmup_steps|weight_decay)", not_negative, "0 or more"),
     (r"(sft|grpo)\.(prompts|lr|grad_clip)", positive, "above 0"),
@@ -166,7 +167,7 @@ RELATIONS: tuple[tuple[Test, str, tuple[str, ...]], ...] = (
 )
 """What several keys must satisfy together; {0} is the first one with its value."""
 
-FREE = r"data\.cache|(verifiers|mesh|checkpoint|log)\..*"
+FREE = r"data\.(cache|threads)|(verifiers|mesh|checkpoint|log)\..*"
 """Keys that a resumed run may change, beside the steps of its last stage: how long, on what and how
 loudly, not what is learnt."""
 

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from vtriune_jax.assemble import Parts
-from vtriune_jax.data.packing import stack_vision
+from vtriune_jax.data.feed import Skipped, feed, tell
+from vtriune_jax.data.packing import check_fits, stack_vision
+from vtriune_jax.errors import UserError
 from vtriune_jax.metrics import SourceMean, per_source_means
 from vtriune_jax.rl.update import make_encode
 from vtriune_jax.rollout.local import Sampling
-from vtriune_jax.types import Group, Verdict
+from vtriune_jax.types import Group, Prompt, Sample, Verdict
 from vtriune_jax.verifiers.item import Item
 from vtriune_jax.writers import write_atomic
 
@@ -37,7 +39,11 @@ def evaluate(parts: Parts, params: Any) -> HeldOut:
     """Completes and judges every held-out sample once, `config.eval.batch` at a time.
 
     Boxes are judged at the fixed threshold `config.eval.iou_threshold`, not at the dynamic one of
-    training, so that numbers before and after are of the same thing.
+    training, so that numbers before and after are of the same thing. Rows that are broken or do
+    not fit are left out, and told of, if `config.data.on_bad_row` is "skip".
+
+    Raises:
+      UserError: a row cannot be used, or none of them.
     """
     keys = parts.config.eval
     sampling = Sampling(n=1, temperature=keys.temperature, max_tokens=parts.slots.completion_tokens)
@@ -45,18 +51,35 @@ def evaluate(parts: Parts, params: Any) -> HeldOut:
     encode = make_encode(parts.graphdef, parts.mesh, params)
     key = jax.random.key(parts.config.seed)
     groups: list[Group] = []
-    pending = []
-    for start in range(0, len(parts.heldout), keys.batch):
-        chunk = [parts.prompter(sample) for sample in parts.heldout[start : start + keys.batch]]
-        # The last chunk is filled up with repetitions: one shape, one compilation.
-        full = [chunk[i % len(chunk)] for i in range(keys.batch)]
-        each = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(keys.batch))
-        features = encode(params, stack_vision(full, parts.slots))
-        answered = parts.engine.generate(
-            params, full, features, sampling, each, parts.slots.prompt_tokens
-        )[: len(chunk)]
-        groups += answered
-        pending.append(parts.verifiers.submit(items(answered, parts, threshold=keys.iou_threshold)))
+    pending, skipped = [], []
+
+    def make(sample: Sample) -> Prompt:
+        prompt = parts.prompter(sample)
+        check_fits(prompt, 0, parts.slots)
+        return prompt
+
+    with feed(parts.config.data.threads, parts.config.data.on_bad_row) as source:
+
+        def prepare(start: int) -> tuple[int, list[Prompt], list[Skipped]]:
+            return start, *source.prompts(parts.heldout[start : start + keys.batch], make)
+
+        for start, chunk, bad in source.ahead(prepare, range(0, len(parts.heldout), keys.batch)):
+            skipped += bad
+            if not chunk:
+                continue
+            # A chunk that is not full gets repetitions: one shape, one compilation.
+            full = [chunk[i % len(chunk)] for i in range(keys.batch)]
+            each = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(keys.batch))
+            features = encode(params, stack_vision(full, parts.slots))
+            answered = parts.engine.generate(
+                params, full, features, sampling, each, parts.slots.prompt_tokens
+            )[: len(chunk)]
+            groups += answered
+            asked = items(answered, parts, threshold=keys.iou_threshold)
+            pending.append(parts.verifiers.submit(asked))
+    tell(skipped, "held-out")
+    if skipped and not groups:
+        raise UserError(f"no held-out row can be used, the first because: {skipped[0].fault}")
     return HeldOut(groups, [[verdict] for future in pending for verdict in future.result()])
 
 

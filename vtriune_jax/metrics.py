@@ -21,7 +21,7 @@ from vtriune_jax.types import Completion, Group, Verdict
 Sums = Mapping[str, tuple[ArrayLike, ArrayLike]]
 """What the update returns: name → (sum, count), both of shape [] or both [sources]."""
 
-COUNTED = frozenset({"skipped_steps", "verifier_timeout", "verifier_error"})
+COUNTED = frozenset({"skipped_rows", "skipped_steps", "verifier_timeout", "verifier_error"})
 """Metrics reported as a number of events; all others are sum / count."""
 
 CORRECT = 0.5
@@ -69,6 +69,7 @@ def finish(
     verdicts: Sequence[Sequence[Verdict]],
     sources: Sequence[str],
     seconds: Mapping[str, float],
+    skipped: Sequence[str] = (),
 ) -> dict[str, float]:
     """One step's metrics as plain floats.
 
@@ -78,9 +79,14 @@ def finish(
       verdicts: one per completion, nested as in `groups`.
       sources: the names behind the index of the arrays [sources].
       seconds: stage → wall time, reported as `time/<stage>`.
+      skipped: the source of each row that was passed over because it is broken or does not fit.
     """
     pairs: dict[str, list[float]] = {}
-    for name, total, count in (*_update_pairs(sums, sources), *_group_pairs(groups, verdicts)):
+    for name, total, count in (
+        *_update_pairs(sums, sources),
+        *_group_pairs(groups, verdicts),
+        *_skipped_pairs(skipped),
+    ):
         pair = pairs.setdefault(name, [0.0, 0.0])
         pair[0] += total
         pair[1] += count
@@ -161,6 +167,12 @@ def _group_pairs(
                 yield f"{name}/{source}", value, 1.0
             if verdict.status == "ok":
                 yield "reward", verdict.score, 1.0
+
+
+def _skipped_pairs(skipped: Sequence[str]) -> Iterator[tuple[str, float, float]]:
+    for source in skipped:
+        yield "skipped_rows", 1.0, 1.0
+        yield f"skipped_rows/{metric_name(source)}", 1.0, 1.0
 
 
 def _completion_values(completion: Completion, verdict: Verdict) -> Iterator[tuple[str, float]]:

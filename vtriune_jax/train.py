@@ -8,21 +8,21 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from vtriune_jax import metrics
 from vtriune_jax.assemble import Parts, assemble
 from vtriune_jax.checkpoint import Checkpointer
+from vtriune_jax.data.feed import Feed, Skipped, feed, tell
 from vtriune_jax.data.mixture import Mixture
-from vtriune_jax.data.packing import pack
+from vtriune_jax.data.packing import check_fits, pack
 from vtriune_jax.evaluate import evaluate, read_means, save_means
 from vtriune_jax.finish import finish
 from vtriune_jax.metrics import SourceMean
 from vtriune_jax.stages import Stage, plan
-from vtriune_jax.steps import advantages, compiled, respond, verify
-from vtriune_jax.types import Prompt
+from vtriune_jax.steps import advantages, compiled, demonstration, respond, verify
+from vtriune_jax.types import Prompt, Sample
 from vtriune_jax.writers import MetricsWriter, Progress
 
 
@@ -58,7 +58,10 @@ def train(
     mixture = Mixture(parts.train, seed=config.seed + stage.number)
     progress = Progress(workdir, every=config.log.seconds)
     folder = workdir / "checkpoints" / stage.name
-    with Checkpointer(folder, config.checkpoint.every, config.checkpoint.keep) as checkpoints:
+    with (
+        Checkpointer(folder, config.checkpoint.every, config.checkpoint.keep) as checkpoints,
+        feed(config.data.threads, config.data.on_bad_row) as source,
+    ):
         done, seconds = 0, 0.0
         if restored := checkpoints.restore(state):
             state, position = restored
@@ -67,7 +70,8 @@ def train(
         if done < stage.steps:
             writer.resume(stage.start + done)
         began = time.monotonic() - seconds
-        for step, prompts, data in prompts_ahead(stage, done, mixture, parts):
+        for step, prompts, skipped, data in prompts_ahead(stage, done, mixture, parts, source):
+            tell(skipped, f"{stage.name} step {step + 1}")
             clock = Clock()
             with clock("encode"):
                 features = do.encode(state.params, prompts)
@@ -81,7 +85,8 @@ def train(
                 batch = pack(groups, values, weights, parts.source_index, parts.slots, features)
                 state, sums = do.update(state, batch)
             judged = groups if verdicts else []
-            record = metrics.finish(sums, judged, verdicts, parts.sources, clock.seconds)
+            left_out = [row.data_source for row in skipped]
+            record = metrics.finish(sums, judged, verdicts, parts.sources, clock.seconds, left_out)
             writer.write(stage.start + step, record, stage.name)
             progress(stage.name, step + 1, stage.steps, record)
             seconds = time.monotonic() - began
@@ -92,23 +97,24 @@ def train(
 
 
 def prompts_ahead(
-    stage: Stage, done: int, mixture: Mixture, parts: Parts
-) -> Iterator[tuple[int, list[Prompt], dict[str, int]]]:
+    stage: Stage, done: int, mixture: Mixture, parts: Parts, source: Feed
+) -> Iterator[tuple[int, list[Prompt], list[Skipped], dict[str, int]]]:
     """The prompts of every remaining step, prepared while the step before is trained.
 
-    With them comes the position in the data that a checkpoint after this step must hold.
+    With them come the rows that were passed over, and the position in the data that a checkpoint
+    after this step must hold.
     """
 
-    def prepare(step: int) -> tuple[int, list[Prompt], dict[str, int]]:
-        samples = mixture.take(stage.prompts)
-        return step, [parts.prompter(sample, step) for sample in samples], mixture.state()
+    def prepare(step: int) -> tuple[int, list[Prompt], list[Skipped], dict[str, int]]:
+        def make(sample: Sample) -> Prompt:
+            prompt = parts.prompter(sample, step)
+            answer = 0 if stage.sampling else len(demonstration(prompt, parts).ids)
+            check_fits(prompt, answer, parts.slots)
+            return prompt
 
-    with ThreadPoolExecutor(1, thread_name_prefix="prompts") as pool:
-        ahead: Future | None = None
-        for step in range(done, stage.steps):
-            ready = (ahead or pool.submit(prepare, step)).result()
-            ahead = pool.submit(prepare, step + 1)
-            yield ready
+        return step, *source.draw(mixture, stage.prompts, make), mixture.state()
+
+    return source.ahead(prepare, range(done, stage.steps))
 
 
 def heldout_before(parts: Parts, params: Any, workdir: Path) -> dict[str, SourceMean]:

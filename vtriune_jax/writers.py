@@ -10,7 +10,6 @@ import errno
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,15 +98,15 @@ class Progress:
 
         grpo   40/120 · 0.84 steps/s · 1m35s left · reward 0.41 (count 0.50, ocr 0.33) · loss 0.02
 
-    The numbers are means over the steps since the line before. Lines go to `stream` and are added
-    to `workdir/progress.log`; no terminal codes, so that both read well anywhere.
+    The numbers are means over the steps since the line before. Lines go to `stream` (None: stdout)
+    and are added to `workdir/progress.log`; no terminal codes, so that both read well anywhere.
     """
 
     def __init__(
         self,
         workdir: str | os.PathLike[str],
         every: float = 5.0,
-        stream: TextIO = sys.stdout,
+        stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._path = Path(workdir) / "progress.log"

@@ -1,10 +1,12 @@
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.data.conftest import png
 from vtriune_jax.data import images
@@ -60,7 +62,7 @@ def test_patches_and_grids(processor):
     plain = processor.image_processor(
         [Image.open(io.BytesIO(d)) for d in data], return_tensors="np"
     )
-    np.testing.assert_array_equal(patches, plain["pixel_values"])
+    np.testing.assert_allclose(patches, plain["pixel_values"], atol=1e-5, rtol=0)
 
 
 def test_no_images(processor):
@@ -91,10 +93,148 @@ def test_errors_name_the_sample(processor):
         images.patches([png(2000, 2)], processor.image_processor, "x")
 
 
-def test_decompression_bomb(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(UserError, match="DecompressionBomb"):
-        images.decode(png(), "x")
+@pytest.mark.parametrize("pillows", [None, 2000, 100])
+def test_decompression_bomb(monkeypatch, pillows):
+    """Too large for us, for Pillow's warning, for Pillow: it is never decoded."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows)
+    monkeypatch.setattr(images, "LARGEST", 3000)
+    with pytest.raises(
+        UserError, match=r"x: the image is above the limit of 3000 pixels .*(56×56|3136)"
+    ):
+        images.decode(png(56, 56), "x")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert images.decode(png(30, 100), "x").size == (30, 100)
+
+
+def test_the_limit_is_pillows():
+    assert images.LARGEST == Image.MAX_IMAGE_PIXELS
+
+
+def photo(width, height, seed=0):
+    """Smooth colours with some noise."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (height // 30 + 2, width // 30 + 2, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    noise = rng.integers(-9, 10, (height, width, 1), dtype=np.int16)
+    return Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8))
+
+
+def translucent(width, height):
+    alpha = np.linspace(0, 255, width * height).reshape(height, width).astype(np.uint8)
+    picture = photo(width, height)
+    picture.putalpha(Image.fromarray(alpha))
+    return picture
+
+
+ZOO = {
+    "jpeg": lambda: encode(photo(200, 150), "JPEG"),
+    "jpeg 4:4:4 progressive": lambda: encode(
+        photo(90, 300), "JPEG", quality=95, subsampling=0, progressive=True
+    ),
+    "jpeg grey": lambda: encode(photo(200, 150).convert("L"), "JPEG"),
+    "jpeg cmyk": lambda: encode(photo(200, 150).convert("CMYK"), "JPEG"),
+    "png": lambda: encode(photo(61, 300)),
+    "png rgba": lambda: encode(translucent(120, 90)),
+    "png grey with alpha": lambda: encode(translucent(120, 90).convert("LA")),
+    "png palette": lambda: encode(photo(120, 90).quantize(16)),
+    "png palette, one colour transparent": lambda: encode(
+        photo(120, 90).quantize(16), transparency=3
+    ),
+    "png rgb, one colour transparent": lambda: encode(
+        Image.new("RGB", (70, 60), (1, 2, 3)), transparency=(1, 2, 3)
+    ),
+    "png black and white": lambda: encode(photo(200, 150).convert("1")),
+    "webp": lambda: encode(photo(200, 150), "WEBP"),
+    "webp lossless with alpha": lambda: encode(translucent(120, 90), "WEBP", lossless=True),
+    "gif": lambda: encode(photo(200, 150), "GIF"),
+    "bmp": lambda: encode(photo(200, 150), "BMP"),
+    "tiff": lambda: encode(photo(200, 150), "TIFF"),
+    "one pixel": lambda: encode(Image.new("RGB", (1, 1), (9, 99, 199))),
+    "one token": lambda: encode(photo(28, 28)),
+    "one row": lambda: encode(photo(150, 1)),
+    "no resize": lambda: encode(photo(140, 112)),
+    "20 megapixels": lambda: encode(photo(5472, 3648), "JPEG", quality=80),
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_patches_equal_the_hf_processors(processor, name):
+    data = ZOO[name]()
+    patches, grid = images.patches([data], processor.image_processor, "x")
+    plain = processor.image_processor([Image.open(io.BytesIO(data))], return_tensors="np")
+    np.testing.assert_array_equal(grid, plain["image_grid_thw"])
+    np.testing.assert_allclose(patches, plain["pixel_values"], atol=1e-5, rtol=0)
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 400)), min_size=1, max_size=3),
+    limits=st.tuples(st.integers(784, 200_000), st.integers(784, 200_000)).map(sorted),
+    settings_=st.fixed_dictionaries(
+        {
+            "patch_size": st.sampled_from([14, 16]),
+            "temporal_patch_size": st.integers(1, 3),
+            "merge_size": st.integers(1, 3),
+            "resample": st.sampled_from([2, 3]),
+            "rescale_factor": st.sampled_from([1 / 255, 1 / 127.5]),
+            "image_std": st.sampled_from([(0.5, 0.5, 0.5), (0.2, 0.3, 0.4)]),
+        }
+    ),
+)
+@settings(max_examples=60, deadline=None)
+def test_random_sizes_and_settings_equal_the_hf_processors(sizes, limits, settings_):
+    size = {"shortest_edge": limits[0], "longest_edge": limits[1]}
+    theirs = Qwen2VLImageProcessorPil(size=size, **settings_)
+    sizes = [(w, h) for w, h in sizes if max(w, h) <= 200 * min(w, h)] or [(7, 5)]
+    data = [encode(photo(*size, seed=k)) for k, size in enumerate(sizes)]
+    patches, grid = images.patches(data, theirs, "x")
+    plain = theirs([Image.open(io.BytesIO(d)) for d in data], return_tensors="np")
+    np.testing.assert_array_equal(grid, plain["image_grid_thw"])
+    np.testing.assert_allclose(patches, plain["pixel_values"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation(processor, orientation):
+    picture, exif = photo(70, 40), Image.Exif()
+    exif[0x0112] = orientation
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(encode(picture, exif=exif))))
+    decoded = images.decode(encode(picture, exif=exif), "x")
+    assert decoded.size == ((40, 70) if orientation > 4 else (70, 40))
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(upright))
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [photo(60, 40, seed=k) for k in range(3)]
+    for kind in ("GIF", "PNG", "WEBP"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        one = encode(frames[0], kind, **options)
+        many = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert len(many) > 2 * len(one)
+        got, want = (np.asarray(images.decode(data, "x"), int) for data in (many, one))
+        assert np.abs(got - want).max() <= (40 if kind == "GIF" else 0)  # a palette per animation
+
+
+def test_a_jpeg_that_is_cut_off(processor):
+    data = encode(photo(200, 150), "JPEG")
+    for keep in (len(data) // 2, len(data) - 40):
+        with pytest.raises(UserError, match=r"row 5: the image cannot be decoded .*truncated"):
+            images.patches([data[:keep]], processor.image_processor, "row 5")
+
+
+def test_limits_in_the_wrong_order(processor):
+    for limits in ({"min_pixels": 9000, "max_pixels": 8000}, {"min_pixels": 10**9}):
+        with pytest.raises(UserError, match=r"data.min_pixels=\d+ exceeds data.max_pixels=\d+"):
+            images.patches([png()], processor.image_processor, "x", **limits)
+
+
+def test_threads_change_nothing(processor):
+    data = [encode(photo(40 + 9 * k, 200 - 7 * k, seed=k), "JPEG") for k in range(24)]
+
+    def patches(one):
+        return images.patches([one], processor.image_processor, "x")[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        for got, want in zip(pool.map(patches, data), map(patches, data), strict=True):
+            np.testing.assert_array_equal(got, want)
 
 
 @given(

@@ -4,7 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from vtriune_jax.data.packing import Slots, pack, repeat_features, split_batch, stack_vision
+from vtriune_jax.data.packing import (
+    Slots,
+    check_fits,
+    pack,
+    repeat_features,
+    split_batch,
+    stack_vision,
+)
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import ModelConfig, TextConfig, VisionConfig, layout
 from vtriune_jax.types import Completion, Group, Prompt, RewardConfig, Sample
@@ -189,5 +196,8 @@ def test_what_does_not_fit_is_named(slots, message):
     group = make_group(make_prompt((4, 4)), 5)
     with pytest.raises(UserError, match=message):
         pack([group], *np.ones((2, 1, 1)), SOURCES, dataclasses.replace(SLOTS, **slots))
+    with pytest.raises(UserError, match=message):
+        check_fits(group.prompt, 5, dataclasses.replace(SLOTS, **slots))
     full = dataclasses.replace(SLOTS, prompt_tokens=10, completion_tokens=5, windows=1)
+    check_fits(group.prompt, 5, full)
     assert pack([group], *np.ones((2, 1, 1)), SOURCES, full).segments.all()

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -70,7 +71,23 @@ def test_each_image_token_finds_the_patches_of_its_unit(processor, prompter, mod
     np.testing.assert_array_equal(prompt.image_index >= 0, is_image)
     units = np.asarray(prompt.vision.patches).reshape(-1, 4, 1176)
     expected = processed(processor, prompter, sample)["pixel_values"].reshape(-1, 4, 1176)
-    np.testing.assert_array_equal(units[prompt.image_index[is_image]], expected)
+    found = units[prompt.image_index[is_image]]
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+
+
+def test_threads_change_nothing(prompter):
+    samples = [
+        make_sample(f"<image> {k}?", (png(56 + k, 90, seed=k),), id=str(k)) for k in range(64)
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        for got, want in zip(pool.map(prompter, samples), map(prompter, samples), strict=True):
+            np.testing.assert_array_equal(got.ids, want.ids)
+            np.testing.assert_array_equal(got.vision.patches, want.vision.patches)
+
+
+def test_limits_in_the_wrong_order_are_said_at_once(processor, model_config):
+    with pytest.raises(UserError, match=r"data\.min_pixels=2000 exceeds data\.max_pixels=1000"):
+        Prompter(processor, model_config, min_pixels=2000, max_pixels=1000)
 
 
 def test_windows_pads(processor, model_config):

@@ -73,6 +73,22 @@ def test_every_field_survives_the_file(tmp_path):
     assert read[1].reward.params == {}
 
 
+def test_parameters_of_any_verifier_survive_the_file(tmp_path):
+    params = {"choices": ["a cat", "a dog"], "iou_threshold": {"bounds": [], "values": [0.7]}}
+    sample = make_sample()
+    sample = dataclasses.replace(sample, reward=dataclasses.replace(sample.reward, params=params))
+    path = write(tmp_path / "a.parquet", sample)
+    (read,) = sources.load(str(path), "train")
+    assert read.reward.params == params
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_parameters_that_are_no_json_object(tmp_path, text):
+    bad = row()
+    bad["reward_model"]["verifier_parm"] = {"json": text}
+    assert "verifier_parm.json is" in error_of(write_plain(tmp_path / "a.parquet", bad))
+
+
 def test_a_minimal_file_of_plain_pyarrow(tmp_path):
     path = write_plain(
         tmp_path / "mine.parquet",

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,14 @@ def test_vocabulary_size_is_a_limit(processor, tmp_path):
     assert len(tokenizer.load_processor(tmp_path).tokenizer) == 300
     with pytest.raises(UserError, match=r"vocab_size=100 is too small.* at least 278"):
         tokenizer.write_processor(tmp_path, ["some text"], 100)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    """Of a kind that `main` can tell of in one line."""
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        tokenizer.write_processor(tmp_path, ["some text"], 300)
 
 
 @pytest.mark.parametrize(

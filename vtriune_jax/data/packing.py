@@ -59,12 +59,12 @@ def pack(
     for row, (group, i) in enumerate(rows):
         prompt, completion = group.prompt, group.completions[i]
         start, length = prompt_slot - len(prompt.ids), len(completion.ids)
-        _check_fits(prompt, length, slots)
+        _check_tokens(prompt, length, slots)
         end = prompt_slot + length
         ids[row, start:prompt_slot] = prompt.ids
         ids[row, prompt_slot:end] = completion.ids
         positions[row, :, start:prompt_slot] = prompt.positions
-        positions[row, :, prompt_slot:end] = prompt.positions.max() + 1 + np.arange(length)
+        positions[row, :, prompt_slot:end] = prompt.positions[:, -1:] + 1 + np.arange(length)
         segments[row, start:end] = 1
         image_index[row, start:prompt_slot] = prompt.image_index
         mask[row, :length] = 1.0
@@ -101,6 +101,12 @@ def stack_vision(prompts: Sequence[Prompt], slots: Slots) -> Vision:
     return layout.stack_visions([prompt.vision for prompt in prompts], slots.windows)
 
 
+def check_fits(prompt: Prompt, completion: int, slots: Slots) -> None:
+    """Raises the UserError of `pack` early, for a prompt and the tokens of its completion."""
+    _check_tokens(prompt, completion, slots)
+    _check_windows(prompt, slots)
+
+
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
     """The batch as `parts` batches of equally many rows, in order."""
     rows = len(batch.ids)
@@ -112,7 +118,7 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
     ]
 
 
-def _check_fits(prompt: Prompt, completion: int, slots: Slots) -> None:
+def _check_tokens(prompt: Prompt, completion: int, slots: Slots) -> None:
     for name, size, limit in (
         ("prompt", len(prompt.ids), slots.prompt_tokens),
         ("completion", completion, slots.completion_tokens),

@@ -115,7 +115,8 @@ class Prompter:
         self._windows = windows
         self._cot = cot
         self._seed = seed
-        self._limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        low, high = images.pixel_limits(processor.image_processor, min_pixels, max_pixels)
+        self._limits = {"min_pixels": low, "max_pixels": high}
         self.pad_id = self._id("<|endoftext|>")
         self.stop_ids = (self._id("<|im_end|>"), self.pad_id)
         self.banned_ids = config.banned_ids

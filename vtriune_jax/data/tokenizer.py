@@ -137,8 +137,12 @@ def write_processor(path: str | os.PathLike[str], texts: Iterable[str], vocab_si
         tokenizer.add_tokens(kind)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(path)
-    (Path(path) / "preprocessor_config.json").write_text(json.dumps(_IMAGE_PROCESSOR, indent=2))
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    # By ourselves first: where this raises an OSError, a full disk, `save_pretrained` does not.
+    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True))
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(_IMAGE_PROCESSOR, indent=2))
 
 
 def load_processor(path: str | os.PathLike[str]) -> Qwen2_5_VLProcessor:

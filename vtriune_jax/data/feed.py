@@ -1,0 +1,105 @@
+"""Samples → prompts on threads, ahead of the loop; a bad row stops the run or is skipped.
+
+However many threads there are, the prompts, their order and the position in the data are the same:
+they share the work and choose nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from vtriune_jax.data.mixture import Mixture
+from vtriune_jax.errors import UserError
+from vtriune_jax.types import Prompt, Sample
+
+GIVE_UP = 1000
+"""Bad rows in succession after which there seems to be no good one."""
+
+T = TypeVar("T")
+Make = Callable[[Sample], Prompt]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that was passed over, and why."""
+
+    data_source: str
+    fault: str
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Threads that make prompts, one that leads them, and what to do with bad rows."""
+
+    makers: ThreadPoolExecutor
+    leader: ThreadPoolExecutor
+    on_bad_row: Literal["error", "skip"]
+
+    def ahead(self, prepare: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
+        """`prepare(number)` of each number in turn, the next one while the caller uses the last."""
+        begun: Future[T] | None = None
+        for number in numbers:
+            before, begun = begun, self.leader.submit(prepare, number)
+            if before:
+                yield before.result()
+        if begun:
+            yield begun.result()
+
+    def prompts(self, samples: Iterable[Sample], make: Make) -> tuple[list[Prompt], list[Skipped]]:
+        """The prompts of the good samples, in order, and the bad ones.
+
+        Raises the UserError of the first bad sample if bad ones are not to be skipped.
+        """
+        begun = [(sample, self.makers.submit(make, sample)) for sample in samples]
+        prompts: list[Prompt] = []
+        skipped: list[Skipped] = []
+        for sample, future in begun:
+            try:
+                prompts.append(future.result())
+            except UserError as fault:
+                if self.on_bad_row == "error":
+                    raise
+                skipped.append(Skipped(sample.data_source, str(fault)))
+        return prompts, skipped
+
+    def draw(self, mixture: Mixture, count: int, make: Make) -> tuple[list[Prompt], list[Skipped]]:
+        """`count` prompts; for every bad row the mixture gives another one.
+
+        Raises UserError when that does not end (`GIVE_UP`).
+        """
+        prompts: list[Prompt] = []
+        skipped: list[Skipped] = []
+        barren = 0
+        while missing := count - len(prompts):
+            good, bad = self.prompts(mixture.take(missing), make)
+            prompts += good
+            skipped += bad
+            barren = 0 if good else barren + len(bad)
+            if barren >= GIVE_UP:
+                raise UserError(
+                    f"none of {barren} rows in succession can be used, the last one because: "
+                    f"{bad[-1].fault}"
+                )
+        return prompts, skipped
+
+
+@contextlib.contextmanager
+def feed(threads: int, on_bad_row: Literal["error", "skip"]) -> Iterator[Feed]:
+    """A feed of so many threads; on exit what they have not begun is dropped."""
+    makers = ThreadPoolExecutor(threads, thread_name_prefix="prompt")
+    leader = ThreadPoolExecutor(1, thread_name_prefix="prompts")
+    try:
+        yield Feed(makers, leader, on_bad_row)
+    finally:
+        for pool in (makers, leader):
+            pool.shutdown(cancel_futures=True)
+
+
+def tell(skipped: list[Skipped], whose: str) -> None:
+    """One line about bad rows that were passed over, if there are any."""
+    if skipped:
+        print(f"{whose}: bad rows skipped: {len(skipped)}, the first: {skipped[0].fault}")
