@@ -15,13 +15,14 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import Sharding
 
 from vtriune_jax.errors import UserError
 from vtriune_jax.types import TrainState
@@ -178,6 +179,55 @@ def layout(state: TrainState) -> dict[str, str]:
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """The steps that are complete in a directory, which may be missing or in use by a run."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def read_params(
+    directory: Path,
+    step: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    place: Callable[[str], Sharding],
+) -> Callable[[str], jax.Array]:
+    """A function that reads one parameter by its path, to where `place` says; nothing else is read.
+
+    Raises UserError if the step is of a model with other parameters, or cannot be read.
+    """
+    folder = (directory / str(step)).absolute()
+
+    def restore(item: str, handler: Any, args: Any) -> Any:
+        try:
+            with ocp.Checkpointer(handler) as checkpointer:
+                return checkpointer.restore(folder / item, args=args)
+        except _UNREADABLE as error:
+            raise UserError(
+                f"checkpoint {folder} cannot be read ({_line(error)}); choose another step"
+            ) from error
+
+    saved = restore("extra", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())["layout"]
+    params = {name.removeprefix("params/"): kind for name, kind in saved.items()}
+    for path, shape in shapes.items():
+        if params.get(path) != f"float32{list(shape)}":
+            raise UserError(
+                f"checkpoint {folder} is of another model: {path} is {params.get(path, 'absent')} "
+                f"there and float32{list(shape)} by config.json of the model the run started from"
+            )
+
+    def read(path: str) -> jax.Array:
+        wanted: Any = jax.ShapeDtypeStruct(shapes[path], "float32", sharding=place(path))
+        for name in reversed(("params", *path.split("/"))):
+            wanted = {name: wanted}
+        args = ocp.args.PyTreeRestore(
+            wanted, ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        return jax.tree.leaves(restore("state", ocp.PyTreeCheckpointHandler(), args))[0]
+
+    return read
 
 
 _OVERHEAD = 2**20

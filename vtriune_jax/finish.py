@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from vtriune_jax import models
 from vtriune_jax.assemble import Parts
 from vtriune_jax.data.images import decode
 from vtriune_jax.evaluate import HeldOut
+from vtriune_jax.export import write_folder
 from vtriune_jax.metrics import SourceMean
+from vtriune_jax.models import weights
 from vtriune_jax.report import SampleView, write_report
 from vtriune_jax.types import Group, Verdict
 from vtriune_jax.verifiers.parsing import LabelledBox, last_answer, parse_boxes
@@ -37,9 +36,13 @@ def finish(
     """Writes and prints what a run was good for; `seconds` are those of training."""
     after = heldout.means()
     devices = [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()]
-    model = models.merge(parts.graphdef, jax.device_get(params))
-    models.save_pretrained(model, workdir / "final")
-    copy_processor(parts.checkpoint_path, workdir / "final")
+    write_folder(
+        workdir / "final",
+        parts.checkpoint_path,
+        parts.model_config,
+        weights.flatten(params).__getitem__,
+        replace=True,
+    )
     write_summary(workdir, before, after, steps, seconds, devices)
     write_report(
         workdir,
@@ -57,14 +60,6 @@ def finish(
     print(f"\nheld-out reward before and after {parts.config.stages[-1]}\n")
     print(summary_table(before, after))
     print(f"\n{workdir}/report.html has curves and samples, {workdir}/final the trained model")
-
-
-def copy_processor(source: Path, target: Path) -> None:
-    """Copies the tokenizer's and image processor's files, all that is no weights or config."""
-    for file in source.iterdir():
-        weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
-        if file.is_file() and not weights and file.name != "config.json":
-            shutil.copy2(file, target / file.name)
 
 
 def sample_views(heldout: HeldOut, parts: Parts) -> Iterator[SampleView]:
@@ -110,6 +105,5 @@ def _scaled(
 ) -> list[LabelledBox]:
     x, y = (w / h for w, h in zip(want, have, strict=True))
     return [
-        replace(b, coords=(b.coords[0] * x, b.coords[1] * y, b.coords[2] * x, b.coords[3] * y))
-        for b in boxes
+        LabelledBox((x1 * x, y1 * y, x2 * x, y2 * y), label) for (x1, y1, x2, y2), label in boxes
     ]

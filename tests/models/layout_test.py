@@ -70,6 +70,24 @@ def test_positions_of_neighbouring_images(config):
     )
 
 
+def test_positions_of_a_video(config):
+    """Frames of 0.7 s at 2 tokens per second start at 0, 1.4 and 2.8; the text does not wait."""
+    ids = np.array([1, *[37] * 6, 38, 36, 2])
+    grids = np.array([[3, 2, 4], [1, 2, 2]])
+    positions = layout.mrope_positions(ids, grids, config, seconds=[0.7])
+    np.testing.assert_array_equal(
+        positions,
+        [
+            [0, 1, 1, 2, 2, 3, 3, 3, 4, 5],
+            [0, 1, 1, 1, 1, 1, 1, 3, 4, 5],
+            [0, 1, 2, 1, 2, 1, 2, 3, 4, 5],
+        ],
+    )
+    # Without seconds a frame lasts one: 0, 2, 4.
+    unknown = layout.mrope_positions(ids, grids, config)
+    np.testing.assert_array_equal(unknown[0, 1:7], [1, 1, 3, 3, 5, 5])
+
+
 def test_user_errors(config):
     patches = np.zeros((60, config.vision.patch))
     with pytest.raises(UserError, match="3×4 patches does not divide"):
@@ -80,5 +98,11 @@ def test_user_errors(config):
         layout.pack_vision(patches[1:], GRIDS, config)
     with pytest.raises(UserError, match="3 image tokens but 4 image features"):
         layout.mrope_positions(np.array([36] * 3), np.array([[1, 4, 4]]), config)
+    one, video = np.array([[1, 2, 2]]), np.array([37])
+    with pytest.raises(UserError, match="second_per_grid_ts has 2 entries for 1 videos"):
+        layout.mrope_positions(video, one, config, seconds=[0.5, 0.5])
+    for interrupted in ([36, 37], [36, 1, 36], [37, 36]):
+        with pytest.raises(UserError, match=r"the 2 tokens .* not one run \(from token 0 on\)"):
+            layout.mrope_positions(np.array(interrupted), np.array([[2, 2, 2]]), config)
     with pytest.raises(UserError, match="8 vision windows, more than the 2 allowed"):
         layout.stack_visions([layout.pack_vision(patches, GRIDS, config)[0]], windows=2)

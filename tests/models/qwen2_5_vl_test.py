@@ -115,24 +115,6 @@ def test_bfloat16_stays_close(config, model, inputs):
     assert 0 < np.abs(exact - rough.astype(jnp.float32)).max() < 0.1
 
 
-def test_windowed_layers_never_look_over_the_whole_row(config, inputs):
-    """Only a full-attention layer may hold a [tokens, tokens] array."""
-    patches = inputs["vision"].patches
-
-    def attention_sizes(full_attention):
-        changed = replace(config, vision=replace(config.vision, full_attention=full_attention))
-        graphdef, params = models.abstract(changed)
-        jaxpr = jax.make_jaxpr(
-            lambda params: models.merge(graphdef, params).encode(inputs["vision"])
-        )
-        return {int(side) for side in re.findall(r"(\d+),\1\]", str(jaxpr(params)))}
-
-    _, windows, slots, _ = patches.shape
-    assert windows * slots in attention_sizes((1, 3))
-    assert windows * slots not in attention_sizes(())
-    assert slots in attention_sizes(())
-
-
 @pytest.mark.parametrize(
     ("depth", "full", "expected"),
     [
@@ -177,3 +159,35 @@ def test_forward_names_the_mismatch(model, config):
         models.forward(model, inputs)
     with pytest.raises(UserError, match="1 image tokens but 0 image features"):
         models.forward(model, {"input_ids": [[1, 36, 3]]})
+
+
+def test_forward_takes_videos_in_the_order_of_the_prompt(model, config):
+    """A video before an image is not the same as the image before the video."""
+    rng = np.random.default_rng(0)
+    inputs = {
+        "pixel_values": rng.normal(size=(4, config.vision.patch)),
+        "image_grid_thw": [[1, 2, 2]],
+        "pixel_values_videos": rng.normal(size=(8, config.vision.patch)),
+        "video_grid_thw": [[2, 2, 2]],
+        "second_per_grid_ts": [0.5],
+    }
+    first = models.forward(model, {"input_ids": [[1, 37, 37, 2, 36, 3]], **inputs})
+    second = models.forward(model, {"input_ids": [[1, 36, 2, 37, 37, 3]], **inputs})
+    assert np.isfinite(first).all()
+    np.testing.assert_allclose(first[0, 0], second[0, 0], atol=1e-5)
+    assert np.abs(first[0, 1] - second[0, 1]).max() > 0.01
+
+    for changes, message in (
+        ({"input_ids": [[1, 37, 36, 3]]}, "1 video tokens but 2 video features"),
+        ({"input_ids": [[1, 37, 36, 37, 3]]}, "not all in one run of one row"),
+        (
+            {"input_ids": [[1, 37, 2, 36], [37, 2, 3, 4]]},
+            "2 tokens of an image or video are not one run",
+        ),
+        (
+            {"input_ids": [[1, 37, 37, 36]], "second_per_grid_ts": [0.5, 1.0]},
+            "second_per_grid_ts has 2 entries for 1 videos",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            models.forward(model, inputs | changes)

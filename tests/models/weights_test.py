@@ -1,6 +1,7 @@
 """Broken checkpoints end in one line that names the file and the key."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 from vtriune_jax import models
 from vtriune_jax.errors import UserError
+from vtriune_jax.models import files
+
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +47,49 @@ def test_left_over(broken):
 
 
 def test_mis_shaped(broken):
-    with pytest.raises(UserError, match=r"'model.norm.weight' becomes \(3,\) but .* \(32,\)"):
+    with pytest.raises(UserError, match=r"'model.norm.weight' is of shape \(3,\) but .* \(32,\)"):
         models.load_pretrained(broken(model__norm__weight=np.zeros(3, np.float32)))
 
 
-def test_half_a_file(saved, broken):
+@pytest.mark.parametrize("key", ["visual.patch_embed.proj.weight", "model.embed_tokens.weight"])
+def test_mis_shaped_though_of_the_same_size(broken, saved, key):
+    right = load_file(saved / "model.safetensors")[key]
+    wrong = right.reshape(len(right) // 2, 2, *right.shape[1:])
+    with pytest.raises(UserError, match=re.escape(f"model.safetensors: '{key}' is of shape")):
+        models.load_pretrained(broken(**{key: wrong}))
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(np.int8, "I8"), (np.float64, "F64")])
+def test_wrong_dtype(broken, dtype, name):
+    with pytest.raises(
+        UserError, match=rf"model.safetensors: 'model.norm.weight' is of .* {name};"
+    ):
+        models.load_pretrained(broken(model__norm__weight=np.zeros(32, dtype)))
+
+
+@pytest.mark.parametrize("length", [0, 5, 1000, -1])
+def test_part_of_a_file(saved, broken, length):
     folder = broken()
-    half = (saved / "model.safetensors").read_bytes()[:1000]
-    (folder / "model.safetensors").write_bytes(half)
+    part = (saved / "model.safetensors").read_bytes()[:length]
+    (folder / "model.safetensors").write_bytes(part)
     with pytest.raises(UserError, match=r"model.safetensors cannot be read"):
+        models.load_pretrained(folder)
+
+
+def test_nothing_is_read_before_all_is_checked(broken, monkeypatch):
+    folder = broken(model__norm__weight=np.zeros(3, np.float32))
+    monkeypatch.setattr(files, "read", lambda *_: pytest.fail("read"))
+    with pytest.raises(UserError, match=r"is of shape"):
         models.load_pretrained(folder)
 
 
 def test_no_weights_no_config(broken, tmp_path):
     folder = broken()
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"has neither model.safetensors nor"):
+    with pytest.raises(UserError, match=r"has neither model.safetensors nor \S+.json; expected"):
+        models.load_pretrained(folder)
+    (folder / "pytorch_model.bin").write_text("")
+    with pytest.raises(UserError, match=r"has neither .* nor .*, only pytorch_model.bin; expected"):
         models.load_pretrained(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json is not JSON"):
@@ -67,15 +98,62 @@ def test_no_weights_no_config(broken, tmp_path):
         models.load_pretrained(tmp_path / "nowhere")
 
 
-def test_a_missing_shard_is_named(model, tmp_path):
+@pytest.fixture
+def sharded(model, tmp_path):
+    """A checkpoint in several files, and its index."""
     models.save_pretrained(model, tmp_path, max_shard_bytes=20_000)
-    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    return tmp_path, json.loads((tmp_path / INDEX).read_text())
+
+
+def test_a_missing_shard_is_named(sharded):
+    folder, index = sharded
+    shards = sorted(folder.glob("model-*.safetensors"))
     assert len(shards) > 2
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    sizes = sum(np.prod(value.shape) * 4 for s in shards for value in load_file(s).values())
+    assert index["metadata"]["total_size"] == sizes
     shards[1].unlink()
     with pytest.raises(UserError, match=f"{shards[1].name} is missing"):
-        models.load_pretrained(tmp_path)
+        models.load_pretrained(folder)
+
+
+def test_an_index_without_a_key_of_its_files(sharded):
+    folder, index = sharded
+    name = index["weight_map"].pop("model.norm.weight")
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=rf"{INDEX} does not say that {name} has .*norm.weight"):
+        models.load_pretrained(folder)
+
+
+def test_an_index_with_a_key_that_its_file_has_not(sharded):
+    folder, index = sharded
+    name = index["weight_map"]["model.norm.weight"]
+    file = folder / name
+    save_file({k: v for k, v in load_file(file).items() if k != "model.norm.weight"}, file)
+    with pytest.raises(
+        UserError, match=rf"{name} has no tensor 'model.norm.weight', where {INDEX}"
+    ):
+        models.load_pretrained(folder)
+
+
+@pytest.mark.parametrize("theirs", ["model.norm.weight", "model.language_model.norm.weight"])
+def test_a_key_in_two_files(sharded, theirs):
+    folder, index = sharded
+    home = index["weight_map"]["model.norm.weight"]
+    other = next(name for name in index["weight_map"].values() if name != home)
+    save_file(load_file(folder / other) | {theirs: np.zeros(32, np.float32)}, folder / other)
+    index["weight_map"].setdefault(theirs, other)
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=rf"(has the tensor|that {other} has).*norm.weight"):
+        models.load_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": 3}'])
+def test_a_broken_index(sharded, content):
+    folder, _ = sharded
+    (folder / INDEX).write_text(content)
+    with pytest.raises(UserError, match=rf"{INDEX} is broken"):
+        models.load_pretrained(folder)
 
 
 def test_saving_over_a_checkpoint_leaves_no_stale_file(model, tmp_path):

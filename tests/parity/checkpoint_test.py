@@ -30,6 +30,13 @@ def test_transformers_reads_what_we_write(oracle, tmp_path, max_shard_bytes):
     assert_same_params(again, oracle.model)
 
 
+def test_transformers_reads_what_we_write_in_bfloat16(oracle, tmp_path):
+    models.save_pretrained(oracle.model, tmp_path, param_dtype="bfloat16")
+    theirs = dict(oracle.reload(tmp_path).named_parameters())
+    for name, value in oracle.torch_model.named_parameters():
+        assert theirs[name].equal(value.bfloat16().float()), name
+
+
 def test_transformers_5_key_names(oracle, tmp_path):
     tensors = {}
     for key, value in load_file(oracle.path / "model.safetensors").items():

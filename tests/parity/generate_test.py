@@ -4,39 +4,30 @@ import jax
 import numpy as np
 import pytest
 
+from tests.parity.oracle import Video, as_prompt
 from vtriune_jax import models
 from vtriune_jax.models import layout
 from vtriune_jax.rollout.local import LocalEngine, Sampling
-from vtriune_jax.types import Prompt, RewardConfig, Sample
 
-TOKENS, PROMPT_TOKENS = 40, 64
-ROWS = {"text": (), "one image": ((1, 6, 10),), "two images": ((1, 4, 4), (1, 18, 6))}
-
-
-def as_prompt(inputs, config):
-    ids = inputs["input_ids"][0].astype(np.int32)
-    grids = inputs.get("image_grid_thw", np.zeros((0, 3), np.int32))
-    patches = inputs.get("pixel_values", np.zeros((0, config.vision.patch), np.float32))
-    vision, unit_index = layout.pack_vision(patches, grids, config)
-    return Prompt(
-        sample=Sample("test", "0", (), (), RewardConfig("none", "")),
-        ids=ids,
-        positions=layout.mrope_positions(ids, grids, config),
-        image_index=layout.image_index(ids, unit_index, config),
-        vision=vision,
-        grid_thw=grids,
-    )
+TOKENS, PROMPT_TOKENS = 64, 64
+ROWS = {
+    "text": (),
+    "one image": ((1, 6, 10),),
+    "two images": ((1, 4, 4), (1, 18, 6)),
+    "a long video": ((1, 4, 4), Video(3, 6, 4, 4.0)),
+}
 
 
 @pytest.fixture(scope="module")
 def batch(talkative):
     """All rows in one batch, so that padding on both axes takes part."""
+    config = talkative.model.config
     inputs = {
-        name: talkative.inputs([grids], seed=number)
-        for number, (name, grids) in enumerate(ROWS.items())
+        name: talkative.inputs([media], seed=number)
+        for number, (name, media) in enumerate(ROWS.items())
     }
     graphdef, params = models.split(talkative.model)
-    prompts = [as_prompt(row, talkative.model.config) for row in inputs.values()]
+    prompts = [as_prompt(inputs[name], media, config) for name, media in ROWS.items()]
     features = models.encode(
         graphdef, params, layout.stack_visions([prompt.vision for prompt in prompts], windows=10)
     )

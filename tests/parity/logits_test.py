@@ -43,14 +43,3 @@ def test_features(oracle):
     expected = oracle.features(inputs)
     assert expected.std() > 0.1
     np.testing.assert_allclose(features, expected, rtol=0, atol=TOLERANCE)
-
-
-def test_positions(oracle):
-    inputs = oracle.inputs(BATCH)
-    expected = oracle.positions(inputs)
-    grids = iter(inputs["image_grid_thw"])
-    for row, images in enumerate(BATCH):
-        real = inputs["attention_mask"][row].astype(bool)
-        own = np.array([next(grids) for _ in images], int).reshape(-1, 3)
-        ours = layout.mrope_positions(inputs["input_ids"][row, real], own, oracle.model.config)
-        np.testing.assert_array_equal(ours, expected[:, row, real])

@@ -13,6 +13,7 @@ from vtriune_jax.models.forward import encode, forward
 from vtriune_jax.models.language import KV
 from vtriune_jax.models.pretrained import load_pretrained, save_pretrained
 from vtriune_jax.models.qwen2_5_vl import Qwen2_5_VL
+from vtriune_jax.models.sizes import named
 
 __all__ = [
     "KV",
@@ -26,6 +27,7 @@ __all__ = [
     "init",
     "load_pretrained",
     "merge",
+    "named",
     "save_pretrained",
     "split",
 ]

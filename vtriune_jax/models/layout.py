@@ -3,7 +3,8 @@
 The vision tower works on windows of fixed size, so that its shapes are static. This module says
 which slot of which window a patch goes to, which feature an image token takes, and the three
 M-RoPE positions of every token. Patches come in the order of Hugging Face's image processor:
-image by image, frame by frame, unit by unit (row-major), and row-major inside a unit.
+image by image, frame by frame, unit by unit (row-major), and row-major inside a unit. A video is
+an image of several frames; images and videos of a prompt stand in its order.
 """
 
 from __future__ import annotations
@@ -133,43 +134,79 @@ def stack_visions(visions: Sequence[Vision], windows: int) -> Vision:
 def image_index(
     ids: Int[np.ndarray, " tokens"], unit_index: Int[np.ndarray, " units"], config: ModelConfig
 ) -> Int[np.ndarray, " tokens"]:
-    """Each token's place among the encoded units, -1 for text.
+    """Each token's place among the encoded units of the row's images and videos, -1 for text.
 
-    Raises UserError when there are more or fewer image tokens than units.
+    Raises UserError when there are more or fewer image and video tokens than units.
     """
-    is_image = np.asarray(ids) == config.image_token_id
-    if is_image.sum() != len(unit_index):
+    is_vision = np.isin(ids, (config.image_token_id, config.video_token_id))
+    if is_vision.sum() != len(unit_index):
         raise UserError(
-            f"{is_image.sum()} image tokens but {len(unit_index)} image features; each image needs "
-            f"frames × rows × columns / {config.vision.unit_patches} copies of id "
-            f"{config.image_token_id}, as the processor writes them"
+            f"{is_vision.sum()} image tokens but {len(unit_index)} image features; each image or "
+            f"video needs frames × rows × columns / {config.vision.unit_patches} copies of id "
+            f"{config.image_token_id} or {config.video_token_id}, as the processor writes them"
         )
-    index = np.full(len(is_image), -1, np.int32)
-    index[is_image] = unit_index
+    index = np.full(len(is_vision), -1, np.int32)
+    index[is_vision] = unit_index
     return index
 
 
 def mrope_positions(
-    ids: Int[np.ndarray, " tokens"], grid_thw: Int[np.ndarray, "images 3"], config: ModelConfig
+    ids: Int[np.ndarray, " tokens"],
+    grid_thw: Int[np.ndarray, "images 3"],
+    config: ModelConfig,
+    seconds: Sequence[float] | None = None,
 ) -> Int[np.ndarray, "3 tokens"]:
     """The (time, height, width) positions of one unpadded sequence.
 
-    Text counts on in all three; an image spans its grid of units from the current position, and
-    the text after it goes on from there plus the longer side of the image (frames do not count).
-    Raises UserError when the image tokens do not match the grids.
+    `grid_thw` lists images and videos in the order of the prompt; the tokens tell them apart.
+    Text counts on in all three axes; an image or video spans its grid of units from the current
+    position, and the text after it goes on from there plus the longer side (frames do not count).
+    A frame of a video lasts `seconds[k]` (`second_per_grid_ts` of the k-th video; 1 if None), and
+    time advances by `tokens_per_second`, rounded down, in float32 as transformers computes it.
+
+    This is transformers 5.23. Where a video's time passes its longer side, transformers up to 5.2,
+    and servers that follow it, let the text go on after the last frame instead. A completion goes
+    on from the prompt's last position + 1. Raises UserError when the tokens do not match the grids,
+    or `seconds` the videos.
     """
     ids = np.asarray(ids)
     merge = config.vision.merge_size
     grids = np.asarray(grid_thw, np.int64).reshape(-1, 3) // (1, merge, merge)
-    image_index(ids, np.arange(grids.prod(axis=1).sum()), config)
+    units = grids.prod(axis=1)
+    places = np.flatnonzero(image_index(ids, np.arange(units.sum()), config) >= 0)
+    runs = np.split(places, np.cumsum(units)[:-1]) if len(units) else []
+    for run in runs:
+        if run[-1] - run[0] != len(run) - 1 or (ids[run] != ids[run[0]]).any():
+            raise UserError(
+                f"the {len(run)} tokens of an image or video are not one run (from token {run[0]} "
+                "on); list the grids in the order of the prompt"
+            )
+    first_ids = ids[np.array([run[0] for run in runs], int)]
+    steps = _time_steps(first_ids, seconds, config)
     pieces, start, position = [], 0, 0
-    image_places = np.flatnonzero(ids == config.image_token_id)
-    for grid in grids:
-        first = image_places[0]
-        text = np.arange(first - start) + position
+    for grid, run, step in zip(grids, runs, steps, strict=True):
+        text = np.arange(run[0] - start) + position
         position += len(text)
-        pieces += [np.tile(text, (3, 1)), np.indices(grid).reshape(3, -1) + position]
+        time, *place = np.indices(grid).reshape(3, -1)
+        time = (time.astype(np.float32) * step).astype(np.int64)
+        pieces += [np.tile(text, (3, 1)), np.stack([time, *place]) + position]
         position += max(grid[1:])
-        start, image_places = first + grid.prod(), image_places[grid.prod() :]
+        start = run[-1] + 1
     pieces.append(np.tile(np.arange(len(ids) - start) + position, (3, 1)))
     return np.concatenate(pieces, axis=1).astype(np.int32)
+
+
+def _time_steps(
+    first_ids: Int[np.ndarray, " images"], seconds: Sequence[float] | None, config: ModelConfig
+) -> list[np.float32]:
+    """How far time advances from frame to frame of each image or video, told by its first token."""
+    is_video = first_ids == config.video_token_id
+    lasting = [1.0] * is_video.sum() if seconds is None else seconds
+    if len(lasting) != is_video.sum():
+        raise UserError(
+            f"second_per_grid_ts has {len(lasting)} entries for {is_video.sum()} videos; "
+            "pass one per video"
+        )
+    rest = iter(lasting)
+    rate = config.vision.tokens_per_second
+    return [np.float32(rate * next(rest) if video else 1) for video in is_video]

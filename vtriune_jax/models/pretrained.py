@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from safetensors import SafetensorError
 
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import weights
@@ -18,58 +18,112 @@ from vtriune_jax.models.core import abstract, merge, split
 from vtriune_jax.models.qwen2_5_vl import Qwen2_5_VL
 
 MAX_SHARD_BYTES = 4 * 1024**3
+PARAM_DTYPES = ("float32", "bfloat16")
 
 
-def load_pretrained(path: str | Path, *, dtype: str = "float32", remat: str = "none") -> Qwen2_5_VL:
-    """Read a Hugging Face checkpoint folder (layouts: see `weights`) as float32 parameters.
+def load_pretrained(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    remat: str = "none",
+    param_dtype: str = "float32",
+    shardings: weights.Place | None = None,
+) -> Qwen2_5_VL:
+    """Read a Hugging Face checkpoint folder (layouts: see `weights`).
+
+    `dtype` is of activations, `param_dtype` of the parameters, whatever the files have; training
+    wants float32. `shardings` (path, shape) says where a parameter lies, by default on one device;
+    the parameters go there tensor by tensor, and beside them the host never holds as much as twice
+    the largest tensor of the files.
 
     Raises UserError naming the file and key that is missing, broken, left over or mis-shaped.
     """
     folder = Path(path)
+    check_param_dtype(param_dtype)
+    config = read_config(folder, dtype=dtype, remat=remat)
+    graphdef, tree = abstract(config)
+    shapes = {path: leaf.shape for path, leaf in weights.flatten(tree).items()}
+    params = weights.read(folder, shapes, jnp.dtype(param_dtype), shardings)
+    return merge(graphdef, weights.unflatten(params))
+
+
+def read_config(folder: Path, *, dtype: str = "float32", remat: str = "none") -> ModelConfig:
+    """The `config.json` of a checkpoint folder. Raises UserError."""
     file = folder / "config.json"
     try:
         hf = json.loads(file.read_text())
     except OSError as error:
         raise UserError(f"cannot read {file} ({error.strerror}); expected a checkpoint") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{file} is not JSON ({error}); copy it again") from None
-    config = ModelConfig.from_hf(hf, dtype=dtype, remat=remat)
-    graphdef, shapes = abstract(config)
-    wanted = {path: leaf.shape for path, leaf in weights.flatten(shapes).items()}
-    params = weights.unflatten(weights.read(folder, wanted))
-    return merge(graphdef, jax.tree.map(jnp.asarray, params))
+    return ModelConfig.from_hf(hf, dtype=dtype, remat=remat)
 
 
 def save_pretrained(
-    model: Qwen2_5_VL, path: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    model: Qwen2_5_VL,
+    path: str | Path,
+    *,
+    param_dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write config.json and float32 safetensors in the hub's layout.
+    """Write config.json and safetensors in the hub's layout; see `save_params`."""
+    flat = weights.flatten(split(model)[1])
+    save_params(
+        model.config,
+        lambda name: jnp.asarray(flat[name]),
+        path,
+        param_dtype=param_dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
 
-    Each file is replaced atomically, config.json last; other files of the folder (tokenizer,
-    processor) stay. Raises UserError when the folder cannot be written.
+
+def save_params(
+    config: ModelConfig,
+    fetch: Callable[[str], jax.Array],
+    path: str | Path,
+    *,
+    param_dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write config.json and safetensors in the hub's layout, of parameters that `fetch` gives.
+
+    `fetch` is called with every path of the model once, so that the parameters need not all be in
+    memory; one tensor of a file is on the host at a time. Each file is replaced atomically,
+    config.json last; other files of the folder (tokenizer, processor) stay. Raises UserError when
+    the folder cannot be written.
     """
-    folder, vision = Path(path), model.config.vision
+    check_param_dtype(param_dtype)
+    folder, vision = Path(path), config.vision
     patch_shape = (
         vision.channels,
         vision.temporal_patch_size,
         vision.patch_size,
         vision.patch_size,
     )
+    shapes = {name: leaf.shape for name, leaf in weights.flatten(abstract(config)[1]).items()}
+    hf = config.to_hf_dict()
+    hf["dtype"] = hf["text_config"]["dtype"] = param_dtype
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             new = Path(temporary)
-            flat = weights.flatten(split(model)[1])
-            names = weights.write(new, flat, patch_shape, max_shard_bytes)
-            config = json.dumps(model.config.to_hf_dict(), indent=2)
-            (new / "config.json").write_text(config + "\n")
+            names = weights.write(
+                new, shapes, fetch, patch_shape, jnp.dtype(param_dtype), max_shard_bytes
+            )
+            (new / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
             for name in (*names, "config.json"):
                 os.replace(new / name, folder / name)
         for file in [*folder.glob(weights.SHARDS), folder / weights.SINGLE, folder / weights.INDEX]:
             if file.name not in names:
                 file.unlink(missing_ok=True)  # of an earlier save in other shards
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+    except OSError as error:
         raise UserError(
-            f"cannot write the checkpoint {folder} ({reason}); free space or choose another folder"
+            f"cannot write the checkpoint {folder} ({error.strerror}); free space or choose "
+            "another folder"
         ) from None
+
+
+def check_param_dtype(name: str) -> None:
+    """UserError unless parameters can have this dtype."""
+    if name not in PARAM_DTYPES:
+        raise UserError(f"dtype={name!r} is unknown; choose {' or '.join(map(repr, PARAM_DTYPES))}")

@@ -3,25 +3,40 @@
 Files keep one tensor per layer, we keep all layers stacked. Files come in two layouts: the hub's
 (`visual.*`, `model.*`, `lm_head.weight`), which is also what we write, and transformers 5's own
 names (`model.visual.*`, `model.language_model.*`), which are read as well.
+
+Both directions go tensor by tensor: what a file holds is turned, cast and stacked on the devices,
+so the host holds one tensor of a file at a time, or the part of it that its devices get.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
+import itertools
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.typing import DTypeLike
 
 from vtriune_jax.errors import UserError
+from vtriune_jax.models import files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model-?????-of-?????.safetensors"
+
+OTHERS = ("*.bin", "*.safetensors", "*.pt", "*.pth", "*.gguf")
+"""What a folder may have in place of the above."""
+
+Place = Callable[[str, tuple[int, ...]], Sharding]
+"""Path and shape of a parameter → where it lies on the devices."""
 
 TABLE = (
     # our path, the hub's key (# is the layer), how a file's tensor becomes ours
@@ -98,110 +113,173 @@ def entries(shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
     return found
 
 
-def read(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Read float32 parameters of the given shapes from a folder, one tensor at a time.
+def read(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: DTypeLike = jnp.float32,
+    place: Place | None = None,
+) -> dict[str, jax.Array]:
+    """Read the parameters of the given shapes from a folder, tensor by tensor, onto the devices.
 
-    Raises UserError naming file and key when one is missing, left over or of another shape.
+    `place` says where a parameter (path, shape) lies, None: on the default device. Of each tensor
+    only the parts of this process's devices are read. All files and keys are checked before.
+
+    Raises UserError naming file and key when one is missing, left over, of another shape or of a
+    dtype that is no float of 16 or 32 bits.
     """
-    params = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
-    with ExitStack() as stack:
-        places = _open_all(folder, stack)
-        if "language/head/kernel" not in shapes:
-            places.pop("lm_head.weight", None)  # some tied checkpoints store the head all the same
-        wanted = entries(shapes)
-        if missing := [entry.key for entry in wanted if entry.key not in places]:
-            raise UserError(
-                f"{folder} has no tensor {missing[0]!r} ({len(missing)} missing in all); "
-                "config.json and the safetensors files must belong together"
-            )
-        if extra := sorted(places.keys() - {entry.key for entry in wanted}):
-            file, key = places[extra[0]][:2]
-            raise UserError(
-                f"{folder / file} has a tensor {key!r} that the model of config.json does not have "
-                f"({len(extra)} such in all); config.json and weights must belong together"
-            )
-        for entry in wanted:
-            file, key, handle = places[entry.key]
-            target = params[entry.path]
-            target = target if entry.layer is None else target[entry.layer]
-            tensor = _to_ours(handle.get_tensor(key), entry.transform)
-            if tensor.shape != target.shape:
-                raise UserError(
-                    f"{folder / file}: {key!r} becomes {tensor.shape} but config.json asks for "
-                    f"{target.shape}; config.json and weights must belong together"
+    places = _all_tensors(folder)
+    if "language/head/kernel" not in shapes:
+        places.pop("lm_head.weight", None)  # some tied checkpoints store the head all the same
+    wanted = entries(shapes)
+    _check(folder, places, wanted, shapes)
+    params = {}
+    by_path = itertools.groupby(wanted, key=lambda entry: (entry.path, entry.transform))
+    for (path, transform), group in by_path:
+        where = place(path, shapes[path]) if place else _default_place()
+        make, write_layer = _writers(transform, where, np.dtype(dtype))
+        for entry in group:  # tensors get no name here, by which they would live on beside the next
+            if entry.layer:
+                params[path] = write_layer(
+                    params[path], _place(places[entry.key], entry, where), entry.layer
                 )
-            target[...] = tensor
+            else:
+                layers = None if entry.layer is None else shapes[path][0]
+                params[path] = make(_place(places[entry.key], entry, where), layers)
+            params[path].block_until_ready()  # else the next tensor is read beside this one
+            gc.collect(0)  # only then JAX lets go of the host arrays that it is done with
     return params
 
 
 def write(
     folder: Path,
-    params: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    fetch: Callable[[str], jax.Array],
     patch_shape: tuple[int, int, int, int],
+    dtype: DTypeLike,
     max_shard_bytes: int,
 ) -> list[str]:
-    """Write the parameters in the hub's layout and return the names of the files.
+    """Write parameters in the hub's layout, as `dtype`, and return the names of the files.
 
+    `fetch` gives the parameter of a path and is called once for each, in the order of `shapes`.
     `patch_shape` is (channels, frames, rows, columns) of a patch, the kernel shape of the file's
-    patch convolution. At most one shard is held in host memory.
+    patch convolution. One tensor of a file is held in host memory at a time.
     """
-    shards: list[list[Entry]] = [[]]
-    size = 0
-    for entry in entries({path: value.shape for path, value in params.items()}):
-        shape = params[entry.path].shape
-        nbytes = 4 * int(np.prod(shape if entry.layer is None else shape[1:]))
+    dtype, wanted = np.dtype(dtype), entries(shapes)
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    total = size = 0
+    for entry in wanted:
+        shape = _own_shape(entry, shapes)
+        if entry.transform != "same":
+            shape = shape[::-1]
+        if entry.transform == "flatten":
+            shape = (shape[0], *patch_shape)
+        nbytes = math.prod(shape) * dtype.itemsize
         if shards[-1] and size + nbytes > max_shard_bytes:
-            shards.append([])
+            shards.append({})
             size = 0
-        shards[-1].append(entry)
+        shards[-1][entry.key] = shape
         size += nbytes
+        total += nbytes
     names = [SINGLE]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    tensors = _to_files(wanted, fetch, patch_shape, dtype)
     for name, shard in zip(names, shards, strict=True):
-        tensors = {
-            entry.key: _to_file(_slice(params[entry.path], entry.layer), entry, patch_shape)
-            for entry in shard
-        }
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        files.write(folder / name, shard, dtype, itertools.islice(tensors, len(shard)))
     if len(shards) > 1:
-        total = sum(4 * int(np.prod(value.shape)) for value in params.values())
-        placed = {e.key: name for name, shard in zip(names, shards, strict=True) for e in shard}
+        placed = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": total}, "weight_map": placed}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
         names.append(INDEX)
     return names
 
 
-def _slice(value: Any, layer: int | None) -> np.ndarray:
-    return np.asarray(value if layer is None else value[layer], dtype=np.float32)
+def _own_shape(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape that one tensor of a file has as (a layer of) a parameter."""
+    shape = shapes[entry.path]
+    return shape if entry.layer is None else shape[1:]
 
 
-def _to_ours(tensor: np.ndarray, transform: str) -> np.ndarray:
-    if transform == "flatten":  # [embed, channels, frames, rows, columns] → [patch, embed]
-        tensor = tensor.reshape(len(tensor), -1)
-    return tensor if transform == "same" else tensor.T
+def _check(
+    folder: Path,
+    places: Mapping[str, files.Tensor],
+    wanted: list[Entry],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """UserError unless the folder has exactly the tensors that are wanted."""
+    if missing := [entry.key for entry in wanted if entry.key not in places]:
+        raise UserError(
+            f"{folder} has no tensor {missing[0]!r} ({len(missing)} missing in all); "
+            "config.json and the safetensors files must belong together"
+        )
+    if extra := sorted(places.keys() - {entry.key for entry in wanted}):
+        tensor = places[extra[0]]
+        raise UserError(
+            f"{tensor.file} has a tensor {tensor.key!r} that the model of config.json does not "
+            f"have ({len(extra)} such in all); config.json and weights must belong together"
+        )
+    for entry in wanted:
+        tensor, own = places[entry.key], _own_shape(entry, shapes)
+        shape, asked = tensor.shape, own if entry.transform == "same" else own[::-1]
+        if entry.transform == "flatten":  # [embed, channels, frames, rows, columns]
+            shape = (*shape[:1], math.prod(shape[1:]))
+        if shape != asked:
+            raise UserError(
+                f"{tensor.file}: {tensor.key!r} is of shape {tensor.shape} but config.json asks "
+                f"for {asked}; config.json and weights must belong together"
+            )
+        if tensor.dtype not in files.DTYPES:
+            raise UserError(
+                f"{tensor.file}: {tensor.key!r} is of dtype {tensor.dtype}; expected one of "
+                f"{', '.join(files.DTYPES)}: quantized weights must be turned back into floats"
+            )
 
 
-def _to_file(tensor: np.ndarray, entry: Entry, patch_shape: tuple[int, ...]) -> np.ndarray:
-    tensor = tensor if entry.transform == "same" else tensor.T
-    if entry.transform == "flatten":
-        tensor = tensor.reshape(-1, *patch_shape)
-    return np.ascontiguousarray(tensor)
-
-
-def _open_all(folder: Path, stack: ExitStack) -> dict[str, tuple[str, str, Any]]:
-    """Open the folder's safetensors files: hub key → (file, its own key, open file)."""
-    places = {}
-    for file in _files(folder):
-        try:
-            handle = stack.enter_context(safe_open(folder / file, framework="np"))
-        except FileNotFoundError:
-            raise UserError(f"{folder / file} is missing; copy the whole checkpoint") from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / file} cannot be read ({error}); copy it again") from None
-        places |= {_hub_key(key): (file, key, handle) for key in handle.keys()}  # noqa: SIM118
+def _all_tensors(folder: Path) -> dict[str, files.Tensor]:
+    """Hub key → tensor, of all files of a folder that agree with its index, if it has one."""
+    listed = _listed(folder)
+    places: dict[str, files.Tensor] = {}
+    for name in sorted(set(listed.values())) or [SINGLE]:
+        for tensor in files.contents(folder / name):
+            key = _hub_key(tensor.key)
+            if key in places:
+                raise UserError(
+                    f"{tensor.file} has the tensor {tensor.key!r}, and so has "
+                    f"{places[key].file.name}; remove files of another checkpoint"
+                )
+            if listed and listed.pop(tensor.key, None) != name:
+                raise UserError(
+                    f"{folder / INDEX} does not say that {name} has the tensor {tensor.key!r}; "
+                    "copy index and weights from one checkpoint"
+                )
+            places[key] = tensor
+    if listed:
+        key, name = next(iter(listed.items()))
+        raise UserError(
+            f"{folder / name} has no tensor {key!r}, where {INDEX} says it is ({len(listed)} such "
+            "in all); copy index and weights from one checkpoint"
+        )
     return places
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """Key → file as the index says; nothing if all is in one file."""
+    if (folder / SINGLE).exists():
+        return {}
+    if not (folder / INDEX).exists():
+        others = sorted(file.name for kind in OTHERS for file in folder.glob(kind))
+        raise UserError(
+            f"{folder} has neither {SINGLE} nor {INDEX}"
+            + (f", only {others[0]}" if others else "")
+            + "; expected a checkpoint folder with safetensors files"
+        )
+    try:
+        listed = dict(json.loads((folder / INDEX).read_text())["weight_map"])
+        if not listed or not all(isinstance(name, str) for name in listed.values()):
+            raise ValueError("its weight_map must name a file for every tensor")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / INDEX} is broken ({error!r}); copy it again") from None
+    return listed
 
 
 def _hub_key(key: str) -> str:
@@ -211,12 +289,73 @@ def _hub_key(key: str) -> str:
     return key
 
 
-def _files(folder: Path) -> Iterator[str]:
-    if (folder / SINGLE).exists():
-        return iter([SINGLE])
-    if not (folder / INDEX).exists():
-        raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}; expected a checkpoint folder")
-    try:
-        return iter(sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values())))
-    except (json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{folder / INDEX} is broken ({error!r}); copy it again") from None
+def _default_place() -> Sharding:
+    return jnp.zeros(()).sharding
+
+
+def _place(tensor: files.Tensor, entry: Entry, where: Sharding) -> jax.Array:
+    """A tensor as the file has it, each device with the part that it needs."""
+    if isinstance(where, NamedSharding):
+        rank = len(tensor.shape)
+        axes = where.spec if entry.layer is None else where.spec[1:]
+        if entry.transform == "flatten":
+            axes = (axes[1],)  # the other side is in the file as four: every device gets it all
+        elif entry.transform == "transpose":
+            axes = (*axes, *[None] * (rank - len(axes)))[::-1]
+        where = NamedSharding(where.mesh, PartitionSpec(*axes))
+    parts: dict[str, np.ndarray] = {}
+
+    def read_once(index: Any) -> np.ndarray:  # several devices may have the same part
+        name = str(index)
+        if name not in parts:
+            parts[name] = files.read(tensor, index)
+        return parts[name]
+
+    return jax.make_array_from_callback(tensor.shape, where, read_once)
+
+
+@functools.cache
+def _writers(transform: str, where: Sharding, dtype: np.dtype) -> tuple[Callable, Callable]:
+    """What makes a parameter of its first tensor, and what writes the layers after that one."""
+
+    @functools.partial(jax.jit, static_argnums=1, out_shardings=where)
+    def make(tensor: jax.Array, layers: int | None) -> jax.Array:
+        own = _to_ours(tensor, transform).astype(dtype)
+        return own if layers is None else jnp.zeros((layers, *own.shape), dtype).at[0].set(own)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=where)
+    def write_layer(stack: jax.Array, tensor: jax.Array, layer: int) -> jax.Array:
+        own = _to_ours(tensor, transform).astype(dtype)
+        return jax.lax.dynamic_update_index_in_dim(stack, own, layer, 0)
+
+    return make, write_layer
+
+
+def _to_ours(tensor: jax.Array, transform: str) -> jax.Array:
+    if transform == "flatten":  # [embed, channels, frames, rows, columns] → [patch, embed]
+        tensor = tensor.reshape(len(tensor), -1)
+    return tensor if transform == "same" else tensor.T
+
+
+def _to_files(
+    wanted: list[Entry],
+    fetch: Callable[[str], jax.Array],
+    patch_shape: tuple[int, ...],
+    dtype: np.dtype,
+) -> Iterator[np.ndarray]:
+    """The tensors of the files, one after the other."""
+    for path, group in itertools.groupby(wanted, key=lambda entry: entry.path):
+        param = fetch(path)
+        for entry in group:
+            stack = param[None] if entry.layer is None else param
+            yield np.asarray(_take(stack, entry.layer or 0, entry.transform, patch_shape, dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _take(
+    stack: jax.Array, layer: int, transform: str, patch_shape: tuple[int, ...], dtype: np.dtype
+) -> jax.Array:
+    """One layer as a file has it."""
+    tensor = jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False).astype(dtype)
+    tensor = tensor if transform == "same" else tensor.T
+    return tensor.reshape(-1, *patch_shape) if transform == "flatten" else tensor

@@ -161,7 +161,7 @@ def sample(
     )
     head = model.head().astype(hidden.dtype)
     stop_ids = jnp.asarray(special.stop, jnp.int32)
-    first = prompts.positions.max(axis=(1, 2))[:, None] + 1
+    first = prompts.positions[:, 0, -1:] + 1  # prompts end in text: one position for all axes
     keys = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(n)))(keys)
 
     def draw(t: Array, hidden: Array, drawn: Drawn) -> Drawn:

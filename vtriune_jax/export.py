@@ -1,0 +1,223 @@
+"""Export: python -m vtriune_jax.export --checkpoint=runs/quickstart --out=exported
+
+--checkpoint=FOLDER   the --workdir of a run, finished or not
+--out=FOLDER          where the model goes in the Hugging Face layout; must not exist, or be empty
+--stage=NAME          of which stage (default: the last one that has a checkpoint)
+--step=N              of which of its steps (default: the newest)
+--dtype=NAME          float32 (default), which is exact, or bfloat16
+--help                show this text
+
+The folder has weights, config, tokenizer, image processor and generation config. It appears when it
+is complete; one that a kill left half done is hidden beside it and replaced by the next export.
+Parameters are read one at a time, each spread over this machine's devices.
+
+Exit status: 0 done, 2 a mistake in the input (one line says which).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from jax.sharding import NamedSharding
+
+from vtriune_jax import sharding
+from vtriune_jax.checkpoint import read_params, saved_steps
+from vtriune_jax.errors import UserError
+from vtriune_jax.models import ModelConfig, abstract, pretrained, weights
+
+PROCESSOR_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line `argv` (without the program's name) and returns the exit status."""
+    try:
+        options = parse(argv)
+        if options.help:
+            print(__doc__)
+            return 0
+        where = export(
+            Path(options.checkpoint),
+            Path(options.out),
+            stage=options.stage,
+            step=options.step,
+            dtype=options.dtype,
+        )
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{options.out} has the model of {where}")
+    return 0
+
+
+def parse(argv: Sequence[str]) -> flags.FlagValues:
+    """The flags. Raises UserError."""
+    options = flags.FlagValues()
+    for name in ("checkpoint", "out", "stage"):
+        flags.DEFINE_string(name, None, "", flag_values=options)
+    flags.DEFINE_integer("step", None, "", flag_values=options)
+    flags.DEFINE_string("dtype", "float32", "", flag_values=options)
+    flags.DEFINE_bool("help", False, "", flag_values=options, short_name="h")
+    try:
+        stray = options(["export", *argv])[1:]
+    except flags.Error as error:
+        raise UserError(f"{error} (--help shows them all)") from error
+    if stray:
+        raise UserError(f"{stray[0]!r} is not a flag: write --name=value (--help shows them all)")
+    if not options.help and not (options.checkpoint and options.out):
+        missing = "--out=FOLDER" if options.checkpoint else "--checkpoint=runs/NAME"
+        raise UserError(f"{missing} is missing (--help shows all flags)")
+    return options
+
+
+def export(
+    workdir: Path,
+    out: Path,
+    *,
+    stage: str | None = None,
+    step: int | None = None,
+    dtype: str = "float32",
+) -> str:
+    """Writes the model of a run's checkpoint to `out` and returns which one it was, in words.
+
+    Raises:
+      UserError: no such run or checkpoint, one of another model, or a folder that has files.
+    """
+    pretrained.check_param_dtype(dtype)
+    check_free(out)
+    run = _run_config(workdir)
+    path = run["model"]["path"]
+    source = Path(path).expanduser() if path else workdir / "model"
+    config = pretrained.read_config(source)
+    folder, step = _find(workdir, run["stages"], stage, step)
+    shapes = {p: leaf.shape for p, leaf in weights.flatten(abstract(config)[1]).items()}
+    mesh = sharding.make_mesh()
+
+    def place(path: str) -> NamedSharding:
+        return NamedSharding(mesh, sharding.spec(path, shapes[path], mesh))
+
+    fetch = read_params(folder, step, shapes, place)
+    write_folder(out, source, config, fetch, param_dtype=dtype)
+    return f"{folder.name} step {step}, as {dtype}"
+
+
+def write_folder(
+    out: Path,
+    source: Path,
+    config: ModelConfig,
+    fetch: Callable[[str], jax.Array],
+    *,
+    param_dtype: str = "float32",
+    replace: bool = False,
+) -> None:
+    """Writes a model with the processor of the checkpoint folder `source`, whole or not at all.
+
+    `fetch` gives the parameter of a path (see `models.pretrained.save_params`). An earlier folder
+    gives way only if `replace` says so, or if it is empty.
+
+    Raises:
+      UserError: the folder is there already or cannot be written.
+    """
+    if not replace:
+        check_free(out)
+    out = out.absolute()
+    scratch, old = (out.with_name(f".{out.name}.{kind}") for kind in ("part", "old"))
+    try:
+        for left in (scratch, old):
+            shutil.rmtree(left, ignore_errors=True)
+        pretrained.save_params(config, fetch, scratch, param_dtype=param_dtype)
+        copy_processor(source, scratch)
+        if not (scratch / "generation_config.json").exists():
+            text = json.dumps(generation_config(config), indent=2)
+            (scratch / "generation_config.json").write_text(text + "\n")
+        if out.exists():
+            out.rename(old)
+        scratch.rename(out)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {out} ({error.strerror}); free space or choose another folder"
+        ) from error
+    finally:
+        for left in (scratch, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def check_free(out: Path) -> None:
+    """UserError unless a folder can appear at `out`."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder; choose another, or remove it")
+
+
+def copy_processor(source: Path, target: Path) -> None:
+    """Copies the files of tokenizer, image processor and generation."""
+    for name in PROCESSOR_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def generation_config(config: ModelConfig) -> dict[str, Any]:
+    """What `generate` must know of a model: the tokens that begin, end and pad a text."""
+    text = config.text
+    ids = {
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": text.eos_token_id,
+        "pad_token_id": text.pad_token_id,
+    }
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _run_config(workdir: Path) -> dict[str, Any]:
+    """The settings of a run as `config.record` wrote them."""
+    file = workdir / "config.json"
+    try:
+        found = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(
+            f"cannot read {file} ({error.strerror}); --checkpoint takes the --workdir of a run"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); copy it again") from None
+    if not ("stages" in found and "path" in found.get("model", {})):
+        raise UserError(f"{file} is not of a run; --checkpoint takes the --workdir of a run")
+    return found
+
+
+def _find(
+    workdir: Path, stages: Sequence[str], stage: str | None, step: int | None
+) -> tuple[Path, int]:
+    """The folder of a stage's checkpoints, and which step of it."""
+    found = {name: saved_steps(workdir / "checkpoints" / name) for name in stages}
+    held = [name for name in stages if found[name]]
+    if not held:
+        raise UserError(f"{workdir}/checkpoints has no checkpoint of {' or '.join(stages)} yet")
+    stage = stage or held[-1]
+    if stage not in held:
+        raise UserError(f"{workdir} has no checkpoint of --stage={stage}, only of {held}")
+    if step is None:
+        step = found[stage][-1]
+    if step not in found[stage]:
+        raise UserError(f"{workdir} has no checkpoint --step={step} of {stage}: {found[stage]}")
+    return workdir / "checkpoints" / stage, step
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

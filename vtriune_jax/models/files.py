@@ -1,0 +1,116 @@
+"""One safetensors file: what is in it, a part of one of its tensors, and writing one.
+
+The library checks a file as it opens it. Reading and writing the numbers is done here: its readers
+map files into memory, where every page that was touched stays until the file is closed, and its
+writer takes all tensors of a file at once. Here no more than one tensor is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from vtriune_jax.errors import UserError
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+BAND = 16 * 1024**2
+"""Bytes read at once."""
+ALIGNMENT = 64
+"""Of arrays that JAX takes over on CPUs as they are, without copying them."""
+
+
+class Tensor(NamedTuple):
+    """One tensor of a file: where it is and what it looks like."""
+
+    file: Path
+    key: str
+    dtype: str
+    """As the file names it: F32, BF16, …"""
+    shape: tuple[int, ...]
+    start: int
+    """Its first byte in the file."""
+
+
+def contents(file: Path) -> list[Tensor]:
+    """The tensors of a file. Raises UserError if it is missing, damaged or cut short."""
+    try:
+        with safe_open(file, framework="np"):  # checks the header, and the length against it
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; copy the whole checkpoint") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read ({error}); copy it again") from None
+    header.pop("__metadata__", None)
+    return [
+        Tensor(file, key, of["dtype"], tuple(of["shape"]), 8 + length + of["data_offsets"][0])
+        for key, of in header.items()
+    ]
+
+
+def read(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
+    """A rectangular part of a tensor, in the file's dtype.
+
+    It takes no more host memory than that part and two bands of rows of the file.
+    """
+    dtype = DTYPES[tensor.dtype]
+    spans = [range(*part.indices(size)) for part, size in zip(index, tensor.shape, strict=True)]
+    part = _empty([len(span) for span in spans], dtype)
+    width = math.prod(tensor.shape[1:]) * dtype.itemsize
+    band = max(1, BAND // width)
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.start + spans[0].start * width)
+        for first in range(0, len(part), band):
+            rows = min(band, len(part) - first)
+            numbers = np.fromfile(stream, np.uint8, rows * width).view(dtype)
+            numbers = numbers.reshape(rows, *tensor.shape[1:])
+            part[first : first + rows] = numbers[(slice(None), *index[1:])]
+    return part
+
+
+def write(
+    file: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    tensors: Iterable[np.ndarray],
+) -> None:
+    """Write tensors of one dtype, which come in the order of `shapes`; on return they are on disk.
+
+    Raises OSError.
+    """
+    name = next(name for name, known in DTYPES.items() if known == dtype)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": name, "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers start at a multiple of 8
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            stream.write(np.ascontiguousarray(tensor, dtype).reshape(-1).view(np.uint8).data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An aligned array."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    skipped = -memory.ctypes.data % ALIGNMENT
+    return memory[skipped : skipped + size].view(dtype).reshape(shape)
