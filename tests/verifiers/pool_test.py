@@ -132,7 +132,7 @@ def test_closing_finishes_what_is_being_judged_and_ends_the_workers():
     pool = Pool(1, LIMIT)
     pid = ask(pool, ALONE, "pid")[0]["pid"]
     first = pool.submit([(ALONE, ("sleep 0.3", "", {}, 0.0))])[0]
-    while not first.running():
+    while pool.waiting:
         time.sleep(0.01)
     second = pool.submit([(ALONE, ("fine", "", {}, 0.0))])[0]
     pool.close()

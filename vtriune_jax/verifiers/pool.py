@@ -56,6 +56,11 @@ class _Job:
     """Not to be judged together with others any more."""
     deaths: int = 0
 
+    def finish(self, answer: Answer) -> None:
+        """Give the answer, unless nobody waits for it any more."""
+        if self.answer.set_running_or_notify_cancel():
+            self.answer.set_result(answer)
+
 
 class Worker:
     """One process and our end of the socket to it. Not for use by two threads at once."""
@@ -131,7 +136,7 @@ class Pool:
     def submit(self, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[Future[Answer]]:
         """Judge by `verify`, or `verify_batch` where there is one, each `(module, arguments)`.
 
-        An answer may be cancelled until a worker has it.
+        An answer may be cancelled until it is there; what no worker has yet is then not judged.
         """
         return self._add([_Job(module, "verify", (tuple(args), {})) for module, args in calls])
 
@@ -148,7 +153,7 @@ class Pool:
         with self._changed:
             if self._closed:
                 for job in jobs:
-                    job.answer.set_result("the verifiers were closed")
+                    job.finish("the verifiers were closed")
             else:
                 self._jobs.extend(jobs)
                 self._changed.notify_all()
@@ -183,16 +188,13 @@ class Pool:
             share = min(-(-len(self._jobs) // self._idle), CHUNK)
             self._idle -= 1
             jobs = [self._jobs.popleft() for _ in range(share)]
-        # those that were put back are running already
-        return [
-            job for job in jobs if job.answer.running() or job.answer.set_running_or_notify_cancel()
-        ]
+        return [job for job in jobs if not job.answer.cancelled()]
 
     def _put_back(self, jobs: Sequence[_Job]) -> None:
         with self._changed:
             if self._closed:
                 for job in jobs:
-                    job.answer.set_result("the verifiers were closed")
+                    job.finish("the verifiers were closed")
             else:
                 self._jobs.extendleft(reversed(jobs))
                 self._changed.notify(len(jobs))
@@ -203,7 +205,7 @@ class Pool:
             worker = worker or Worker()
         except OSError as error:  # no memory or processes left
             for job in jobs:
-                job.answer.set_result(error)
+                job.finish(error)
             return None
         tasks, worn = self._prepare(worker, jobs)
         try:
@@ -212,7 +214,7 @@ class Pool:
             while tasks and not worn:
                 answers, worn = worker.receive(self.limit)
                 for job, answer in zip(tasks.pop(0), answers, strict=True):
-                    job.answer.set_result(answer)
+                    job.finish(answer)
         except (TimeoutError, WorkerDied) as error:
             self._blame(tasks.pop(0), error)
             worn = True
@@ -241,7 +243,7 @@ class Pool:
                 continue
             if isinstance(loaded, str):
                 for job in mine:
-                    job.answer.set_result(loaded)
+                    job.finish(loaded)
             else:
                 tasks += _tasks(mine, batched=loaded)
         return tasks, broken
@@ -255,7 +257,7 @@ class Pool:
                 job.alone = True
                 self._put_back([job])
             else:
-                job.answer.set_result(error)
+                job.finish(error)
 
 
 def _tasks(jobs: Sequence[_Job], batched: bool) -> list[list[_Job]]:
