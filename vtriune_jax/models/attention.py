@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+QUERIES = 128
+"""Queries that look at their keys together, at least: causal ones skip the keys behind them."""
+BLOCKS = 8
+"""Such blocks of queries at most; each is compiled."""
+MASKED = -1e30
+"""Finite, so that a token that sees nothing gets a finite, if meaningless, result."""
 
 
 def attention(
@@ -18,10 +27,53 @@ def attention(
     """Attend inside equal, non-zero segments, and only backwards when causal.
 
     A token of segment 0 (padding) sees nothing: its result is finite and meaningless.
+
+    Queries are taken in blocks and, when causal, look at no keys behind their block: about half the
+    work and, since the backward pass computes the weights again, a fraction of the memory.
     """
-    mask = segments[:, :, None] == segments[:, None, :]
-    mask &= (segments != 0)[:, None, :]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], is_causal=causal)
+    rows, tokens, _, head_dim = query.shape
+    kv_heads = key.shape[2]
+    grouped = (query * head_dim**-0.5).reshape(rows, tokens, kv_heads, -1, head_dim)
+    grouped = grouped.transpose(0, 2, 3, 1, 4)  # rows kv_heads heads/kv_heads tokens head_dim
+    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
+    size = max(QUERIES, -(-tokens // BLOCKS))
+    done = []
+    for start in range(0, tokens, size):
+        end = min(start + size, tokens)
+        seen = end if causal else tokens
+        mask = segments[:, start:end, None] == segments[:, None, :seen]
+        mask &= (segments != 0)[:, None, :seen]
+        if causal:
+            mask &= jnp.arange(seen) <= jnp.arange(start, end)[:, None]
+        done.append(
+            _attend(grouped[:, :, :, start:end], key[:, :, :seen], value[:, :, :seen], mask)
+        )
+    out = jnp.concatenate(done, axis=3).transpose(0, 3, 1, 2, 4)
+    return out.reshape(query.shape)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def _attend(
+    query: Float[Array, "rows kv_heads group queries head_dim"],
+    key: Float[Array, "rows kv_heads keys head_dim"],
+    value: Float[Array, "rows kv_heads keys head_dim"],
+    mask: Bool[Array, "rows queries keys"],
+) -> Float[Array, "rows kv_heads group queries head_dim"]:
+    """softmax(query · key) · value; the heads of a group share one matmul."""
+    *_, group, queries, head_dim = query.shape
+    flat = query.reshape(*key.shape[:2], group * queries, head_dim)
+    logits = jnp.einsum("rkqd,rktd->rkqt", flat, key, preferred_element_type=jnp.float32)
+    logits = logits.reshape(*query.shape[:-1], -1)
+    logits = jnp.where(mask[:, None, None], logits, MASKED)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
+    out = jnp.einsum(
+        "rkqt,rktd->rkqd",
+        weights.reshape(*flat.shape[:-1], -1).astype(value.dtype),
+        value,
+        preferred_element_type=jnp.float32,
+    )
+    return (out.reshape(query.shape) / total).astype(value.dtype)
 
 
 def decode_attention(
