@@ -42,7 +42,8 @@ from vtriune_jax.rl.advantages import group_advantages
 from vtriune_jax.rl.logprobs import token_logps
 from vtriune_jax.rl.losses import LossConfig
 from vtriune_jax.rl.update import init_state, make_update
-from vtriune_jax.rollout.local import LocalEngine, Sampling
+from vtriune_jax.rollout.choice import Sampling
+from vtriune_jax.rollout.local import LocalEngine
 from vtriune_jax.types import Batch, Completion, Group, Message, Prompt, RewardConfig, Sample
 
 NO_SUCH_CASE = 77
@@ -55,7 +56,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--micro_batches", type=int, default=1)
+    parser.add_argument("--micro_batches", type=int, default=4)
+    parser.add_argument("--remat", default="dots", choices=("none", "dots", "full"))
     args = parser.parse_args()
     bench, dtype = choose(args.case)
     if args.device == "cpu":
@@ -91,7 +93,7 @@ def choose(case: str) -> tuple[Callable[..., dict[str, float]], str]:
 
 def train(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
     """One update on the driver's batch: forward, backward, clip, AdamW; both towers are trained."""
-    graphdef, params, config = load(args.ckpt, dtype)
+    graphdef, params, config = load(args.ckpt, dtype, args.remat)
     data = read(args.ckpt, "train", text_only)
     response = data["response_mask"].shape[1]
     groups = [
@@ -166,7 +168,7 @@ def whole_step(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
     sys.path.insert(0, os.getcwd())  # the driver runs us in its own folder, where its tasks are
     import data as task  # pyright: ignore[reportMissingImports]
 
-    graphdef, params, config = load(args.ckpt, dtype)
+    graphdef, params, config = load(args.ckpt, dtype, args.remat)
     prompter = Prompter(load_processor(args.ckpt), config, cot=False)
     samples = task.digit_samples(2 * (args.steps + args.warmup), 224, 0)
     prompts = [prompter(sample_of(s, task, text_only, i)) for i, s in enumerate(samples)]
@@ -248,8 +250,8 @@ def preprocess(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
 # ------------------------------------------------------------------------------------- the parts
 
 
-def load(path: Path, dtype: str) -> tuple[Any, Any, models.ModelConfig]:
-    model = models.load_pretrained(path, dtype=dtype)
+def load(path: Path, dtype: str, remat: str = "none") -> tuple[Any, Any, models.ModelConfig]:
+    model = models.load_pretrained(path, dtype=dtype, remat=remat)
     return *models.split(model), model.config
 
 

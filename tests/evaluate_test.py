@@ -5,13 +5,12 @@ import jax
 import numpy as np
 import pytest
 
-from vtriune_jax import evaluate as module
 from vtriune_jax.data.packing import Slots
 from vtriune_jax.errors import UserError
 from vtriune_jax.evaluate import evaluate, items, read_means, save_means
 from vtriune_jax.metrics import SourceMean
 from vtriune_jax.types import Completion, Group, Prompt, RewardConfig, Sample, Vision
-from vtriune_jax.verifiers.client import InProcess
+from vtriune_jax.verifiers.in_process import InProcess
 
 VISION = Vision(np.zeros((1, 16, 4)), np.zeros((1, 16, 2), int), np.ones((1, 16), int))
 
@@ -42,9 +41,8 @@ class Engine:
 
 
 @pytest.fixture
-def make_parts(monkeypatch):
+def make_parts():
     """Seven held-out samples, and everything else as far as an evaluation looks at it."""
-    monkeypatch.setattr(module, "make_encode", lambda *_: lambda params, vision: vision.segments)
     with InProcess() as verifiers:
 
         def make(batch, on_bad_row="error"):
@@ -60,8 +58,7 @@ def make_parts(monkeypatch):
                 heldout=tuple(map(make_sample, range(7))),
                 prompter=make_prompt,
                 place=lambda params: params,
-                graphdef=None,
-                mesh=None,
+                encode=lambda params, prompts: prompts,
                 engine=Engine(),
                 verifiers=verifiers,
             )

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 
 from vtriune_jax.assemble import Parts
 from vtriune_jax.data.feed import Skipped, feed, tell
-from vtriune_jax.data.packing import check_fits, stack_vision
+from vtriune_jax.data.packing import check_fits
 from vtriune_jax.errors import UserError
 from vtriune_jax.metrics import SourceMean, per_source_means
-from vtriune_jax.rl.update import make_encode
-from vtriune_jax.rollout.local import Sampling
+from vtriune_jax.rollout.choice import Sampling
 from vtriune_jax.types import Group, Prompt, Sample, Verdict
 from vtriune_jax.verifiers.item import Item
 from vtriune_jax.writers import write_atomic
@@ -48,7 +47,6 @@ def evaluate(parts: Parts, params: Any) -> HeldOut:
     keys = parts.config.eval
     sampling = Sampling(n=1, temperature=keys.temperature, max_tokens=parts.slots.completion_tokens)
     params = parts.place(params)
-    encode = make_encode(parts.graphdef, parts.mesh, params)
     key = jax.random.key(parts.config.seed)
     groups: list[Group] = []
     pending, skipped = [], []
@@ -70,7 +68,7 @@ def evaluate(parts: Parts, params: Any) -> HeldOut:
             # A chunk that is not full gets repetitions: one shape, one compilation.
             full = [chunk[i % len(chunk)] for i in range(keys.batch)]
             each = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(keys.batch))
-            features = encode(params, stack_vision(full, parts.slots))
+            features = parts.encode(params, full)
             answered = parts.engine.generate(
                 params, full, features, sampling, each, parts.slots.prompt_tokens
             )[: len(chunk)]

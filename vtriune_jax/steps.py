@@ -16,12 +16,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vtriune_jax.assemble import Parts
-from vtriune_jax.data.packing import split_batch, stack_vision
+from vtriune_jax.data.packing import split_batch
 from vtriune_jax.evaluate import items
 from vtriune_jax.metrics import Sums
 from vtriune_jax.optim import make_optimizer, partition
 from vtriune_jax.rl.advantages import group_advantages
-from vtriune_jax.rl.update import init_state, make_encode, make_update
+from vtriune_jax.rl.update import init_state, make_update
 from vtriune_jax.stages import Stage
 from vtriune_jax.types import Batch, Completion, Group, Prompt, TrainState, Verdict
 
@@ -48,7 +48,6 @@ def compiled(stage: Stage, params: Any, parts: Parts) -> Compiled:
     tx = make_optimizer(stage.optim)
     state = init_state(params, tx, parts.mesh, stage.freeze)
     vision_frozen = "visual" not in partition(state.params, stage.freeze)[0]
-    encode_images = make_encode(parts.graphdef, parts.mesh, state.params)
     update_once = make_update(
         parts.graphdef,
         tx,
@@ -63,7 +62,7 @@ def compiled(stage: Stage, params: Any, parts: Parts) -> Compiled:
     def encode(params: Any, prompts: Sequence[Prompt]) -> Features:
         if not (vision_frozen or stage.sampling):
             return None
-        return jax.block_until_ready(encode_images(params, stack_vision(prompts, parts.slots)))
+        return jax.block_until_ready(parts.encode(params, prompts))
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         total: Sums = {}

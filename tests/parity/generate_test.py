@@ -7,7 +7,8 @@ import pytest
 from tests.parity.oracle import Video, as_prompt
 from vtriune_jax import models
 from vtriune_jax.models import layout
-from vtriune_jax.rollout.local import LocalEngine, Sampling
+from vtriune_jax.rollout.choice import Sampling
+from vtriune_jax.rollout.local import LocalEngine
 
 TOKENS, PROMPT_TOKENS = 64, 64
 ROWS = {

@@ -16,7 +16,8 @@ from vtriune_jax.data.packing import Slots, pack
 from vtriune_jax.models import layout, weights
 from vtriune_jax.rl.losses import LossConfig
 from vtriune_jax.rl.update import init_state, make_update
-from vtriune_jax.rollout.local import LocalEngine, Sampling
+from vtriune_jax.rollout.choice import Sampling
+from vtriune_jax.rollout.local import LocalEngine
 from vtriune_jax.types import Completion, Group, Prompt
 
 DRAWN = {

@@ -12,7 +12,7 @@ from tests.rl.tiny_update import COMPLETION, CONFIG, FREEZE, GRPO, ROWS, SFT, TX
 from vtriune_jax import models, sharding
 from vtriune_jax.errors import UserError
 from vtriune_jax.optim import partition
-from vtriune_jax.rl.update import init_state, make_encode
+from vtriune_jax.rl.update import init_state
 
 
 def host(tree):
@@ -210,15 +210,6 @@ def test_sft_trains_the_vision_tower_too(sft):
         np.array(state.params["visual"]["patch_embed"]["kernel"])
         != before["visual"]["patch_embed"]["kernel"]
     ).any()
-
-
-def test_encode_gives_the_features_of_the_tower(sft):
-    _, _, graphdef, mesh = sft
-    _, params = tiny_update.model()
-    vision = make_batch(vision=True).vision
-    features = make_encode(graphdef, mesh, params)(params, vision)
-    want = models.merge(graphdef, params).encode(vision)
-    np.testing.assert_allclose(features, want, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_that_do_not_divide():

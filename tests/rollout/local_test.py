@@ -11,7 +11,8 @@ from vtriune_jax import models
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import ModelConfig, TextConfig, VisionConfig, layout
 from vtriune_jax.rollout import local
-from vtriune_jax.rollout.local import LocalEngine, Sampling
+from vtriune_jax.rollout.choice import Sampling
+from vtriune_jax.rollout.local import LocalEngine
 from vtriune_jax.types import Prompt, RewardConfig, Sample
 
 CONFIG = ModelConfig(
@@ -174,39 +175,6 @@ def test_text_without_features(split_model, generate, groups):
     )
     text = engine.generate(params, PROMPTS[:1], None, SAMPLING, keys(3)[:1], PROMPT_TOKENS)
     assert_same(text, groups[:1])
-
-
-def test_truncation():
-    logits = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3]))
-
-    def kept(top_k, top_p):
-        return np.isfinite(local.truncate(logits, top_k, top_p)).nonzero()[0].tolist()
-
-    assert kept(0, 1.0) == [0, 1, 2, 3]
-    assert kept(2, 1.0) == [1, 3]
-    assert kept(0, 0.75) == [1, 2, 3]
-    assert kept(0, 0.65) == [1, 3]
-    assert kept(0, 0.0) == [1]
-    # After top-k the rest is 4:3 of 0.7, so that 0.5 < 4/7 is reached by one token.
-    assert kept(2, 0.5) == [1]
-    assert kept(9, 1.0) == [0, 1, 2, 3]
-
-
-def test_frequencies_follow_the_distribution():
-    logits = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3])) * 2
-    many = 4000
-    ids, logps = local.next_token(
-        jnp.tile(logits, (1, many, 1)),
-        keys(many)[None],
-        jnp.zeros((), jnp.int32),
-        (0,),
-        Sampling(max_tokens=1, temperature=2.0),
-    )
-    shares = np.bincount(ids[0], minlength=4) / many
-    np.testing.assert_allclose(shares, np.array([0, 4, 2, 3]) / 9, atol=0.03)
-    np.testing.assert_allclose(
-        np.exp(logps[0, :9]), np.array([0, 4, 2, 3])[ids[0, :9]] / 9, rtol=1e-5
-    )
 
 
 def test_a_long_prompt_is_named():

@@ -78,6 +78,8 @@ def _attend(
 
 def decode_attention(
     query: Float[Array, "groups n heads head_dim"],
+    new_key: Float[Array, "groups n kv_heads head_dim"],
+    new_value: Float[Array, "groups n kv_heads head_dim"],
     prompt_key: Float[Array, "groups kv_heads tokens head_dim"],
     prompt_value: Float[Array, "groups kv_heads tokens head_dim"],
     prompt_segments: Int[Array, "groups tokens"],
@@ -85,7 +87,7 @@ def decode_attention(
     value: Float[Array, "groups n kv_heads completion head_dim"],
     index: Int[Array, ""],
 ) -> Float[Array, "groups n heads head_dim"]:
-    """Attend from one new token to the group's prompt and to the completion's tokens ≤ index.
+    """Attend from one new token to the group's prompt, the completion's tokens < index and itself.
 
     The prompt's keys are read once for all n completions of the group.
     """
@@ -96,14 +98,16 @@ def decode_attention(
         [
             jnp.einsum("gnkqd,gktd->gnkqt", query, prompt_key),
             jnp.einsum("gnkqd,gnkcd->gnkqc", query, key),
+            jnp.einsum("gnkqd,gnkd->gnkq", query, new_key)[..., None],
         ],
         axis=-1,
         dtype=jnp.float32,
     )
-    own = jnp.broadcast_to(jnp.arange(key.shape[3]) <= index, (groups, key.shape[3]))
-    seen = jnp.concatenate([prompt_segments != 0, own], axis=-1)
+    own = jnp.broadcast_to(jnp.arange(key.shape[3]) < index, (groups, key.shape[3]))
+    seen = jnp.concatenate([prompt_segments != 0, own, jnp.ones((groups, 1), bool)], axis=-1)
     logits = jnp.where(seen[:, None, None, None], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     out = jnp.einsum("gnkqt,gktd->gnkqd", weights[..., :tokens], prompt_value)
-    out += jnp.einsum("gnkqc,gnkcd->gnkqd", weights[..., tokens:], value)
+    out += jnp.einsum("gnkqc,gnkcd->gnkqd", weights[..., tokens:-1], value)
+    out += weights[..., -1:] * new_value[:, :, :, None]
     return out.reshape(groups, n, heads, head_dim)

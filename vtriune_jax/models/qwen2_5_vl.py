@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from vtriune_jax.models.config import ModelConfig
-from vtriune_jax.models.language import KV, LanguageModel
+from vtriune_jax.models.language import KV, LanguageModel, Layer
 from vtriune_jax.models.vision import VisionTower
 from vtriune_jax.types import Vision
 
@@ -50,28 +52,30 @@ class Qwen2_5_VL(nnx.Module):
         segments: Int[Array, "rows tokens"],
         features: Float[Array, "rows units embed"] | None = None,
         image_index: Int[Array, "rows tokens"] | None = None,
-    ) -> tuple[Float[Array, "rows tokens embed"], KV]:
-        """Like a call, and the keys and values `[layers, rows, kv_heads, tokens, head_dim]`."""
+    ) -> tuple[Float[Array, "rows tokens embed"], tuple[KV, ...]]:
+        """Like a call, and each layer's keys and values, `[rows, kv_heads, tokens, head_dim]`."""
         x = self._embed(ids, features, image_index)
         return self.language.prefill(x, positions, segments)
 
     def decode(
         self,
+        layers: Sequence[Layer],
         ids: Int[Array, "groups n"],
         positions: Int[Array, "groups n"],
-        prompt_kv: KV,
+        prompt: Sequence[KV],
         prompt_segments: Int[Array, "groups tokens"],
-        kv: KV,
+        own: Sequence[KV],
         index: Int[Array, ""],
-    ) -> tuple[Float[Array, "groups n embed"], KV]:
+    ) -> tuple[Float[Array, "groups n embed"], tuple[KV, ...]]:
         """One more token for n completions of each prompt.
 
-        `kv` holds the completions' own keys and values,
-        `[layers, groups, n, kv_heads, completion, head_dim]`; `index` says how many are there
-        already, and is where this token's are written. Completions are text, so one position each.
+        `layers` are `language.apart()`, `prompt` is what `prefill` kept and `own` holds the
+        completions' own keys and values, `[groups, n, kv_heads, completion, head_dim]` for each
+        layer; `index` says how many are there already, and is where this token's are written.
+        Completions are text, so one position each.
         """
         x = self.language.embed(ids).astype(self.config.dtype)
-        return self.language.decode(x, positions, prompt_kv, prompt_segments, kv, index)
+        return self.language.decode(layers, x, positions, prompt, prompt_segments, own, index)
 
     def head(self) -> Float[Array, "embed vocab"]:
         """The matrix that turns hidden states into logits."""

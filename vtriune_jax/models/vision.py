@@ -13,11 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from vtriune_jax.models.attention import attention
 from vtriune_jax.models.config import VisionConfig
 from vtriune_jax.models.layers import (
+    ATTENDED,
     Linear,
     RMSNorm,
     SwiGLU,
@@ -75,6 +77,7 @@ class VisionAttention(nnx.Module):
         qkv = self.qkv(x).reshape(rows, tokens, 3, self.heads, -1)
         query, key, value = (qkv[:, :, i] for i in range(3))
         out = attention(rotate(query, angles), rotate(key, angles), value, segments, causal=False)
+        out = checkpoint_name(out, ATTENDED)
         return self.proj(out.reshape(rows, tokens, embed))
 
 

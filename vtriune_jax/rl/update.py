@@ -17,7 +17,7 @@ from vtriune_jax.models import merge
 from vtriune_jax.optim import combine, partition
 from vtriune_jax.rl.logprobs import token_logps
 from vtriune_jax.rl.losses import LossConfig, Sums, grpo, sft
-from vtriune_jax.types import Batch, TrainState, Vision
+from vtriune_jax.types import Batch, TrainState
 
 
 def init_state(
@@ -107,31 +107,6 @@ def make_update(
     return checked
 
 
-def make_encode(
-    graphdef: nnx.GraphDef, mesh: Mesh, params: Any
-) -> Callable[[Any, Vision], jax.Array]:
-    """Build `encode(params, vision [rows, …]) -> features [rows, units, embed]`, jitted.
-
-    `params` here only tells the shapes. The rows must divide by data × fsdp.
-    """
-    rows_place = NamedSharding(mesh, sharding.ROWS)
-
-    def encode(params: Any, vision: Vision) -> jax.Array:
-        return merge(graphdef, params).encode(vision)
-
-    jitted = jax.jit(
-        encode,
-        in_shardings=(sharding.shardings(params, mesh), rows_place),
-        out_shardings=rows_place,
-    )
-
-    def checked(params: Any, vision: Vision) -> jax.Array:
-        sharding.check_rows(vision.patches.shape[0], mesh)  # before jit complains of it
-        return jitted(params, vision)
-
-    return checked
-
-
 def _loss_sums(
     graphdef: nnx.GraphDef,
     params: Any,
@@ -183,9 +158,8 @@ def _sum_over_micro_batches(
     if micro_batches == 1:
         return function(batch)
     # Every k-th row, so that a micro-batch lies on all devices as the batch does.
-    parts = jax.tree.map(
-        lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch
-    )
+    split = batch.ids.shape[0] // micro_batches, micro_batches
+    parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(*split, *x.shape[1:]), 0, 1), batch)
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
         jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts)),

@@ -7,7 +7,6 @@ the ids that were sampled, with their log-probs; nothing is tokenised again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,21 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import KV, Qwen2_5_VL, merge
+from vtriune_jax.rollout.choice import Sampling, next_token
 from vtriune_jax.types import Completion, Group, Prompt
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to draw completions. Log-probs are those of the softmax at this temperature."""
-
-    max_tokens: int
-    n: int = 8
-    temperature: float = 1.0
-    """0 is greedy; log-probs are then those at temperature 1."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens that together reach this probability; 1 is off."""
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0 is off."""
 
 
 class LocalEngine:
@@ -119,6 +105,10 @@ class Drawn(NamedTuple):
     stopped: Bool[Array, "groups n"]
 
 
+Carry = tuple[Array, tuple[KV, ...], Drawn]
+"""The number of the next token, the completions' keys and values, what was drawn so far."""
+
+
 def pad_prompts(prompts: Sequence[Prompt], pad_id: int, tokens: int) -> PaddedPrompts:
     """Left-pad prompts to `tokens`; raises UserError naming the sample that is longer."""
     shape = (len(prompts), tokens)
@@ -160,6 +150,7 @@ def sample(
         prompts.ids, prompts.positions, prompts.segments, features, prompts.image_index
     )
     head = model.head().astype(hidden.dtype)
+    layers = model.language.apart()
     stop_ids = jnp.asarray(special.stop, jnp.int32)
     first = prompts.positions[:, 0, -1:] + 1  # prompts end in text: one position for all axes
     keys = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(n)))(keys)
@@ -176,16 +167,16 @@ def sample(
             stopped=drawn.stopped | jnp.isin(ids, stop_ids),
         )
 
-    def unfinished(carry: tuple[Array, KV, Drawn]) -> Array:
+    def unfinished(carry: Carry) -> Array:
         t, _, drawn = carry
         return (t < most) & ~drawn.stopped.all()
 
-    def step(carry: tuple[Array, KV, Drawn]) -> tuple[Array, KV, Drawn]:
-        t, kv, drawn = carry
+    def step(carry: Carry) -> Carry:
+        t, own, drawn = carry
         last = jax.lax.dynamic_index_in_dim(drawn.ids, t - 1, axis=2, keepdims=False)
         positions = jnp.broadcast_to(first + t - 1, last.shape)
-        hidden, kv = model.decode(last, positions, prompt_kv, prompts.segments, kv, t - 1)
-        return t + 1, kv, draw(t, hidden, drawn)
+        hidden, own = model.decode(layers, last, positions, prompt_kv, prompts.segments, own, t - 1)
+        return t + 1, own, draw(t, hidden, drawn)
 
     shape = (groups, n, most)
     nothing = Drawn(
@@ -196,49 +187,8 @@ def sample(
     )
     start = jnp.zeros((), jnp.int32)
     at_prompt_end = jnp.broadcast_to(hidden[:, -1:], (groups, n, hidden.shape[-1]))
-    layers, _, kv_heads, _, head_dim = prompt_kv.keys.shape
-    empty = jnp.zeros((layers, groups, n, kv_heads, most, head_dim), prompt_kv.keys.dtype)
-    carry = (start + 1, KV(empty, empty), draw(start, at_prompt_end, nothing))
+    _, kv_heads, _, head_dim = prompt_kv[0].keys.shape
+    empty = jnp.zeros((groups, n, kv_heads, most, head_dim), prompt_kv[0].keys.dtype)
+    own = (KV(empty, empty),) * len(layers)
+    carry = (start + 1, own, draw(start, at_prompt_end, nothing))
     return jax.lax.while_loop(unfinished, step, carry)[2]
-
-
-def next_token(
-    logits: Float[Array, "groups n vocab"],
-    keys: Key[Array, "groups n"],
-    t: Int[Array, ""],
-    banned: tuple[int, ...],
-    sampling: Sampling,
-) -> tuple[Int[Array, "groups n"], Float[Array, "groups n"]]:
-    """Choose the next ids; their log-probs are under the temperature and without banned ids only.
-
-    Top-k and top-p narrow the choice but not the log-probs, which so stay those of a distribution
-    that the trainer can recompute.
-    """
-    logits = logits.at[..., jnp.asarray(banned, jnp.int32)].set(-jnp.inf)
-    logits = logits / (sampling.temperature or 1.0)
-    if sampling.temperature == 0:
-        ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    else:
-        folded = jax.vmap(jax.vmap(partial(jax.random.fold_in, data=t)))(keys)
-        kept = truncate(logits, sampling.top_k, sampling.top_p)
-        ids = jax.vmap(jax.vmap(jax.random.categorical))(folded, kept).astype(jnp.int32)
-    logps = jax.nn.log_softmax(logits, axis=-1)
-    return ids, jnp.take_along_axis(logps, ids[..., None], axis=-1)[..., 0]
-
-
-def truncate(
-    logits: Float[Array, "*rows vocab"], top_k: int, top_p: float
-) -> Float[Array, "*rows vocab"]:
-    """Set to -inf all but the top k, then all but the likeliest that reach probability top_p."""
-    if top_k <= 0 and top_p >= 1:
-        return logits
-    ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-    if top_k > 0:
-        ordered = jnp.where(jnp.arange(logits.shape[-1]) < top_k, ordered, -jnp.inf)
-    probs = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs
-    kept = (before < top_p) & jnp.isfinite(ordered)
-    # The likeliest token always stays, even for top_p = 0.
-    kept = kept.at[..., 0].set(True)
-    lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= lowest, logits, -jnp.inf)
