@@ -45,9 +45,23 @@ def get_config() -> Any:
         path="",
         # Of activations: "float32" or "bfloat16". Parameters and optimizer are always float32.
         dtype="float32",
-        # Time for memory: "none" keeps all activations for the backward pass, "full" the inputs of
-        # the layers only.
-        remat="none",
+        # What is kept of a layer for the backward pass: "none" recomputes nothing, "dots" keeps the
+        # results of linear maps and attention, the fastest on CPUs, "full" the layer's input only.
+        remat="dots",
+        # Low-rank adapters of the language layers: at rank 0 there are none; above it they alone
+        # are trained and saved in checkpoints, all else stays as it was. Models that are written
+        # are ordinary ones, with the adapters put into their matrices. Adapters bear, and want, a
+        # learning rate some ten times higher than the same model without.
+        lora=dict(
+            rank=0,
+            alpha=32.0,  # a matrix W becomes W + alpha / rank · A·B
+            # Regular expression, searched in the names of a layer's matrices, which are attn/q,
+            # attn/k, attn/v, attn/o, mlp/gate, mlp/up and mlp/down.
+            target="attn/|mlp/",
+            # Of the matrices that are not trained. "bfloat16" halves their memory, and changes
+            # nothing if the checkpoint's files are bfloat16 and dtype above is too.
+            base_dtype="float32",
+        ),
         # Sizes of the tiny model, read when path is "".
         tiny=dict(
             vocab_size=1024,  # tokens, special ones included; the tokenizer is trained to fit
@@ -136,6 +150,9 @@ def get_config() -> Any:
         addresses=(),
         workers=2,  # processes that judge, of the server that is started or of "in_process"
         timeout_seconds=5.0,  # per completion; a late one is masked, never scored 0
+        # From question to verdict, waiting and repetitions at other servers included; completions
+        # that no server has judged by then are masked.
+        deadline_seconds=300.0,
     )
     config["eval"] = dict(
         rows_per_source=64,  # held-out rows that are scored; 0 leaves the evaluation out

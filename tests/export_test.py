@@ -281,7 +281,7 @@ def test_each_parameter_goes_where_the_mesh_wants_it(run):
     config = saved["grpo", 1].config
     shapes = {p: s.shape for p, s in weights.flatten(models.abstract(config)[1]).items()}
     where = jnp.zeros(()).sharding
-    read = module.read_params(workdir / "checkpoints" / "grpo", 1, shapes, lambda _: where)
+    read = module.read_params(workdir / "checkpoints" / "grpo", 1, shapes, lambda *_: where)
     kernel = read("language/layers/mlp/gate/kernel")
     expected = weights.flatten(models.split(saved["grpo", 1])[1])
     np.testing.assert_array_equal(kernel, expected["language/layers/mlp/gate/kernel"])

@@ -192,7 +192,7 @@ def read_params(
     directory: Path,
     step: int,
     shapes: Mapping[str, tuple[int, ...]],
-    place: Callable[[str], Sharding],
+    place: Callable[[str, tuple[int, ...]], Sharding],
 ) -> Callable[[str], jax.Array]:
     """A function that reads one parameter by its path, to where `place` says; nothing else is read.
 
@@ -219,7 +219,9 @@ def read_params(
             )
 
     def read(path: str) -> jax.Array:
-        wanted: Any = jax.ShapeDtypeStruct(shapes[path], "float32", sharding=place(path))
+        wanted: Any = jax.ShapeDtypeStruct(
+            shapes[path], "float32", sharding=place(path, shapes[path])
+        )
         for name in reversed(("params", *path.split("/"))):
             wanted = {name: wanted}
         args = ocp.args.PyTreeRestore(

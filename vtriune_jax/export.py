@@ -19,18 +19,20 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from jax.sharding import NamedSharding
 
 from vtriune_jax import sharding
 from vtriune_jax.checkpoint import read_params, saved_steps
 from vtriune_jax.errors import UserError
-from vtriune_jax.models import ModelConfig, abstract, pretrained, weights
+from vtriune_jax.models import ModelConfig, abstract, lora, pretrained, weights
 
 PROCESSOR_FILES = (
     "added_tokens.json",
@@ -107,15 +109,21 @@ def export(
     run = _run_config(workdir)
     path = run["model"]["path"]
     source = Path(path).expanduser() if path else workdir / "model"
-    config = pretrained.read_config(source)
+    keys = run["model"].get("lora", {"rank": 0})
+    config = replace(pretrained.read_config(source), lora=lora.from_keys(keys))
     folder, step = _find(workdir, run["stages"], stage, step)
     shapes = {p: leaf.shape for p, leaf in weights.flatten(abstract(config)[1]).items()}
     mesh = sharding.make_mesh()
 
-    def place(path: str) -> NamedSharding:
-        return NamedSharding(mesh, sharding.spec(path, shapes[path], mesh))
+    def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        return NamedSharding(mesh, sharding.spec(path, shape, mesh))
 
-    fetch = read_params(folder, step, shapes, place)
+    saved = {p: shape for p, shape in shapes.items() if lora.is_adapter(p)} or shapes
+    fetch = read_params(folder, step, saved, place)
+    if config.lora:
+        base = {p: shape for p, shape in shapes.items() if p not in saved}
+        unchanged = weights.reader(source, base, jnp.dtype(keys["base_dtype"]), place)
+        fetch = _either(fetch, saved, unchanged)
     write_folder(out, source, config, fetch, param_dtype=dtype)
     return f"{folder.name} step {step}, as {dtype}"
 
@@ -199,6 +207,13 @@ def _run_config(workdir: Path) -> dict[str, Any]:
     if not ("stages" in found and "path" in found.get("model", {})):
         raise UserError(f"{file} is not of a run; --checkpoint takes the --workdir of a run")
     return found
+
+
+def _either(
+    saved: Callable[[str], jax.Array], paths: Container[str], other: Callable[[str], jax.Array]
+) -> Callable[[str], jax.Array]:
+    """What reads the given paths by one function and all else by the other."""
+    return lambda path: (saved if path in paths else other)(path)
 
 
 def _find(

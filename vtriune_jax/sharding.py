@@ -26,11 +26,16 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r".*/(o|proj|down|out)/kernel", ("tensor", "fsdp")),
     (r".*/(proj|down|out)/bias", (None,)),
     (r".*norm\d?/scale", (None,)),
+    (r".*/(q|k|v|gate|up)/lora/a", ("fsdp", None)),
+    (r".*/(q|k|v|gate|up)/lora/b", (None, "tensor")),
+    (r".*/(o|down)/lora/a", ("tensor", None)),
+    (r".*/(o|down)/lora/b", (None, "fsdp")),
 )
 """path → axes of the last dimensions (layers are stacked in front of them and stay whole).
 
 Matmuls that widen are cut by column over `tensor`, those that follow by row, so that a pair needs
-one reduction; `fsdp` takes the other side. Every parameter matches exactly one line.
+one reduction; `fsdp` takes the other side. The rank of an adapter stays whole. Every parameter
+matches exactly one line.
 """
 
 

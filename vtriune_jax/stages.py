@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from vtriune_jax.models import lora
 from vtriune_jax.optim import OptimConfig
 from vtriune_jax.rl.losses import LossConfig
-from vtriune_jax.rollout.local import Sampling
+from vtriune_jax.rollout.choice import Sampling
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,12 @@ class Stage:
 
 
 def plan(config: Any, banned_ids: tuple[int, ...]) -> list[Stage]:
-    """The stages named in `config.stages`, in order; `banned_ids` are never drawn or trained on."""
+    """The stages named in `config.stages`, in order; `banned_ids` are never drawn or trained on.
+
+    Where the model has adapters, all else is frozen.
+    """
     stages, start = [], 0
+    base = (lora.BASE,) if config.model.lora.rank else ()
     for number, name in enumerate(config.stages):
         keys = config[name]
         build = {"sft": _sft, "grpo": _grpo}[name]
@@ -47,7 +52,7 @@ def plan(config: Any, banned_ids: tuple[int, ...]) -> list[Stage]:
                 start=start,
                 steps=keys.steps,
                 prompts=keys.prompts,
-                freeze=tuple(keys.freeze),
+                freeze=(*keys.freeze, *base),
                 optim=OptimConfig(
                     learning_rate=keys.lr,
                     warmup_steps=keys.warmup_steps,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from vtriune_jax.data.packing import check_fits, pack
 from vtriune_jax.evaluate import evaluate, read_means, save_means
 from vtriune_jax.finish import finish
 from vtriune_jax.metrics import SourceMean
+from vtriune_jax.models import lora
 from vtriune_jax.stages import Stage, plan
 from vtriune_jax.steps import advantages, compiled, demonstration, respond, verify
-from vtriune_jax.types import Prompt, Sample
+from vtriune_jax.types import Prompt, Sample, TrainState
 from vtriune_jax.writers import MetricsWriter, Progress
 
 
@@ -63,8 +65,9 @@ def train(
         feed(config.data.threads, config.data.on_bad_row) as source,
     ):
         done, seconds = 0, 0.0
-        if restored := checkpoints.restore(state):
-            state, position = restored
+        if restored := checkpoints.restore(kept(state)):
+            saved, position = restored
+            state = replace(saved, params=lora.put_back(state.params, saved.params))
             done, seconds = position["done"], position["seconds"]
             mixture.restore(position["data"])
         if done < stage.steps:
@@ -92,8 +95,13 @@ def train(
             seconds = time.monotonic() - began
             position = {"done": step + 1, "data": data, "seconds": seconds}
             last = step + 1 == stage.steps
-            (checkpoints.save if last else checkpoints.maybe)(step + 1, state, position)
+            (checkpoints.save if last else checkpoints.maybe)(step + 1, kept(state), position)
     return state.params, seconds
+
+
+def kept(state: TrainState) -> TrainState:
+    """The state as a checkpoint holds it: without the base of adapters, which never changes."""
+    return replace(state, params=lora.kept(state.params))
 
 
 def prompts_ahead(

@@ -4,12 +4,16 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 PYTHONPATH=tests/rl python up
 """
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
 
-from tests.rl.tiny_update import SFT, build, make_batch
+from tests.rl.tiny_update import CONFIG, SFT, build, make_batch
 from vtriune_jax import sharding
+from vtriune_jax.models import LoRAConfig, lora
+
+LORA = replace(CONFIG, lora=LoRAConfig(rank=4, alpha=8.0))
 
 LAYOUTS = {
     "one device": ((1, 1, 1), 1),
@@ -54,6 +58,7 @@ def main() -> None:
     for kind, batch, options in (
         ("grpo", make_batch(), {}),
         ("sft", make_batch(vision=True), {"loss": SFT, "freeze": ()}),
+        ("lora", make_batch(), {"config": LORA, "freeze": (lora.BASE,)}),
     ):
         names = LAYOUTS if kind == "grpo" else ("one device", "2,2,2 and 2 micro-batches")
         want = None

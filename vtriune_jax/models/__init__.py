@@ -7,16 +7,18 @@
 one name everywhere: sharding, optimizer groups, file keys and metrics go by it.
 """
 
-from vtriune_jax.models.config import ModelConfig, TextConfig, VisionConfig
+from vtriune_jax.models.config import LoRAConfig, ModelConfig, TextConfig, VisionConfig
 from vtriune_jax.models.core import abstract, init, merge, split
 from vtriune_jax.models.forward import encode, forward
 from vtriune_jax.models.language import KV
+from vtriune_jax.models.lora import merge_lora
 from vtriune_jax.models.pretrained import load_pretrained, save_pretrained
 from vtriune_jax.models.qwen2_5_vl import Qwen2_5_VL
 from vtriune_jax.models.sizes import named
 
 __all__ = [
     "KV",
+    "LoRAConfig",
     "ModelConfig",
     "Qwen2_5_VL",
     "TextConfig",
@@ -27,6 +29,7 @@ __all__ = [
     "init",
     "load_pretrained",
     "merge",
+    "merge_lora",
     "named",
     "save_pretrained",
     "split",

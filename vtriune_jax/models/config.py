@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,34 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters of the language layers (see `models.lora`)."""
+
+    rank: int
+    alpha: float
+    target: str = "."
+    """Regex, searched in the paths of a layer's matrices: attn/{q,k,v,o}, mlp/{gate,up,down}."""
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter's two matrices is multiplied by."""
+        return self.alpha / self.rank
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise UserError(
+                f"lora rank={self.rank} and alpha={self.alpha} must be above 0; pass no LoRAConfig "
+                "for a model without adapters"
+            )
+        try:
+            re.compile(self.target)
+        except re.error as error:
+            raise UserError(
+                f"model.lora.target={self.target!r} is not a regular expression: {error}"
+            ) from error
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything the model's shape depends on, and the two knobs of how it computes."""
 
@@ -99,6 +128,8 @@ class ModelConfig:
     """Of activations; parameters stay float32 and are cast inside each layer."""
     remat: str = "none"
     """What the backward pass recomputes: "none", or every layer from its input, "full"."""
+    lora: LoRAConfig | None = None
+    """Adapters of the language layers, if any. They are ours: a checkpoint folder has none."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -252,8 +283,8 @@ def _check(config: ModelConfig) -> None:
     vision, text = config.vision, config.text
     window = vision.patch_size * vision.merge_size
     wrong = {
-        f"remat={config.remat!r} is unknown; choose 'none' or 'full'": config.remat
-        not in ("none", "full"),
+        f"remat={config.remat!r} is unknown; choose 'none', 'dots' or 'full'": config.remat
+        not in ("none", "dots", "full"),
         f"dtype={config.dtype!r} is unknown; choose 'float32' or 'bfloat16'": config.dtype
         not in ("float32", "bfloat16"),
         f"text heads {text.heads} do not divide the width {text.embed}": text.embed % text.heads,

@@ -12,6 +12,7 @@ from flax import nnx
 
 from vtriune_jax.models import weights
 from vtriune_jax.models.config import ModelConfig
+from vtriune_jax.models.lora import fresh, is_adapter
 from vtriune_jax.models.qwen2_5_vl import Qwen2_5_VL
 
 
@@ -34,6 +35,8 @@ def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
 def init(config: ModelConfig, seed: int) -> Qwen2_5_VL:
     """A new model: normal(0, 1/√width) matrices and embeddings, zero biases, unit norms.
 
+    Adapters, if the config asks for any, are as in `lora.fresh` and leave the other numbers alone.
+
     At the real widths that is about Hugging Face's 0.02; narrow models do not start to learn from
     0.02, as every map would shrink its input several times. Drawn on the host: nothing to compile,
     and the same numbers on every device.
@@ -48,5 +51,7 @@ def init(config: ModelConfig, seed: int) -> Qwen2_5_VL:
         width = shape[-1] if name == "embedding" else shape[-2]
         return width**-0.5 * rng.standard_normal(shape, np.float32)
 
-    params = {path: draw(path, leaf.shape) for path, leaf in weights.flatten(shapes).items()}
-    return merge(graphdef, jax.tree.map(jnp.asarray, weights.unflatten(params)))
+    sizes = {path: leaf.shape for path, leaf in weights.flatten(shapes).items()}
+    params = {path: draw(path, size) for path, size in sizes.items() if not is_adapter(path)}
+    adapters = fresh({path: size for path, size in sizes.items() if is_adapter(path)}, seed)
+    return merge(graphdef, jax.tree.map(jnp.asarray, weights.unflatten(params | adapters)))

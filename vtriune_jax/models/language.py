@@ -6,7 +6,7 @@ sampling) and `decode` (one more token for each completion of each prompt).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from vtriune_jax.models.attention import attention, decode_attention
 from vtriune_jax.models.config import ModelConfig, TextConfig
 from vtriune_jax.models.layers import (
+    ATTENDED,
     Linear,
     RMSNorm,
     SwiGLU,
@@ -28,15 +30,16 @@ from vtriune_jax.models.layers import (
     stack,
     unstack,
 )
+from vtriune_jax.models.lora import adapt, fold
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KV:
-    """Keys and values of all layers, after the rotary embedding."""
+    """Keys and values of one layer, after the rotary embedding."""
 
-    keys: Float[Array, "layers *rows kv_heads tokens head_dim"]
-    values: Float[Array, "layers *rows kv_heads tokens head_dim"]
+    keys: Float[Array, "*rows kv_heads tokens head_dim"]
+    values: Float[Array, "*rows kv_heads tokens head_dim"]
 
 
 def mrope_angles(
@@ -103,9 +106,9 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig):
         text = config.text
         self.config = text
-        self.remat = config.remat
+        self.dtype, self.remat = config.dtype, config.remat
         self.embed = Embedding(text.vocab, text.embed)
-        self.layers = stack(Layer(text), text.layers)
+        self.layers = stack(adapt(Layer(text), config.lora), text.layers)
         self.norm = RMSNorm(text.embed, text.norm_eps)
         self.head = None if config.tied else Linear(text.embed, text.vocab, bias=False)
 
@@ -123,13 +126,28 @@ class LanguageModel(nnx.Module):
         x: Float[Array, "rows tokens embed"],
         positions: Int[Array, "rows 3 tokens"],
         segments: Int[Array, "rows tokens"],
-    ) -> tuple[Float[Array, "rows tokens embed"], KV]:
-        """The same, keeping the keys and values that `decode` looks at."""
+    ) -> tuple[Float[Array, "rows tokens embed"], tuple[KV, ...]]:
+        """The same, keeping the keys and values of each layer, at which `decode` looks."""
 
         def keep(key: Array, value: Array) -> KV:
             return KV(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
 
-        return self._run(x, positions, segments, keep)
+        x, kept = self._run(x, positions, segments, keep)
+        return x, _each(kept, self.config.layers)
+
+    def apart(self) -> tuple[Layer, ...]:
+        """The layers one by one, with parameters of the type of the activations, for `decode`.
+
+        Adapters have gone into the matrices. This is a copy: worth it where they are looked at for
+        each of many tokens.
+        """
+        stacked, build = unstack(self.layers)
+
+        def ready(params: Any) -> Layer:
+            graphdef, params = nnx.split(fold(build(params)))
+            return nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(self.dtype), params))
+
+        return tuple(map(ready, _each(stacked, self.config.layers)))
 
     def _run(
         self, x: Array, positions: Array, segments: Array, keep: Callable[[Array, Array], Any]
@@ -141,6 +159,7 @@ class LanguageModel(nnx.Module):
             this: Layer = build(params)
             query, key, value = this.attn.qkv(this.attn_norm(x), angles)
             attended = attention(query, key, value, segments, causal=True)
+            attended = checkpoint_name(attended, ATTENDED)
             return this.finish(x, attended), keep(key, value)
 
         x, kept = jax.lax.scan(remat(layer, self.remat), x, stacked)
@@ -148,38 +167,42 @@ class LanguageModel(nnx.Module):
 
     def decode(
         self,
+        layers: Sequence[Layer],
         x: Float[Array, "groups n embed"],
         positions: Int[Array, "groups n"],
-        prompt: KV,
+        prompt: Sequence[KV],
         prompt_segments: Int[Array, "groups tokens"],
-        kv: KV,
+        own: Sequence[KV],
         index: Int[Array, ""],
-    ) -> tuple[Float[Array, "groups n embed"], KV]:
-        """Run one new token of each completion, storing its keys and values at `index`."""
+    ) -> tuple[Float[Array, "groups n embed"], tuple[KV, ...]]:
+        """Run one new token of each completion, storing its keys and values at `index` of `own`."""
         angles = positions[..., None] * frequencies(self.config.head_dim, self.config.rope_theta)
-        stacked, build = unstack(self.layers)
-
-        def layer(carry: tuple[Array, KV], scanned: tuple) -> tuple[tuple[Array, KV], None]:
-            (x, kv), (number, params, prompt) = carry, scanned
-            this: Layer = build(params)
-            query, key, value = this.attn.qkv(this.attn_norm(x), angles)
-            # The cache is carried and written in place, one token at a time: never copied.
-            here = (number, 0, 0, 0, index, 0)
-            kv = KV(
-                jax.lax.dynamic_update_slice(kv.keys, key[None, :, :, :, None], here),
-                jax.lax.dynamic_update_slice(kv.values, value[None, :, :, :, None], here),
-            )
+        stored = []
+        # Not a scan: it would copy each layer's parameters, keys and values on every step.
+        for layer, prompt_kv, kv in zip(layers, prompt, own, strict=True):
+            query, key, value = layer.attn.qkv(layer.attn_norm(x), angles)
             attended = decode_attention(
                 query,
-                prompt.keys,
-                prompt.values,
+                key,
+                value,
+                prompt_kv.keys,
+                prompt_kv.values,
                 prompt_segments,
-                kv.keys[number],
-                kv.values[number],
+                kv.keys,
+                kv.values,
                 index,
             )
-            return (this.finish(x, attended), kv), None
+            # The sum makes XLA write after it has read; its CPU backend would write into copies.
+            key, value = (new + 0 * attended[:, :, :1] for new in (key, value))
+            here = (0, 0, 0, index, 0)
+            kv = KV(
+                jax.lax.dynamic_update_slice(kv.keys, key[:, :, :, None], here),
+                jax.lax.dynamic_update_slice(kv.values, value[:, :, :, None], here),
+            )
+            x = layer.finish(x, attended)
+            stored.append(kv)
+        return self.norm(x), tuple(stored)
 
-        numbers = jnp.arange(self.config.layers)
-        (x, kv), _ = jax.lax.scan(layer, (x, kv), (numbers, stacked, prompt))
-        return self.norm(x), kv
+
+def _each(stacked: Any, layers: int) -> tuple[Any, ...]:
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(layers))

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+ATTENDED = "attended"
+"""The name under which `remat` knows the result of attention."""
+
 
 def rotate(
     x: Float[Array, "*rows tokens heads head_dim"], angles: Float[Array, "*rows tokens half"]
@@ -43,13 +46,28 @@ def unstack(layers: nnx.Module) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def remat(body: Callable, word: str) -> Callable:
-    """Make the body of a scan over layers recompute in the backward pass, if the word says so."""
+    """Make the body of a scan over layers compute again in the backward pass what `word` says.
+
+    "none": nothing that XLA would keep; "dots": all but the results of linear maps and attention,
+    which is little work for much memory; "full": everything but the layer's input.
+    """
+    if word == "none":
+        return body
+    policy = None
+    if word == "dots":
+        policy = jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(ATTENDED),
+        )
     # Common subexpressions cannot be merged across the iterations of a scan.
-    return jax.checkpoint(body, prevent_cse=False) if word == "full" else body
+    return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
 class Linear(nnx.Module):
     """x · kernel (+ bias); parameters are cast to x's type."""
+
+    lora: Callable[[Array], Array] | None = None
+    """A low-rank addition (`models.lora`)."""
 
     def __init__(self, width: int, out: int, *, bias: bool):
         self.kernel = nnx.Param(jnp.zeros((width, out)))
@@ -58,9 +76,12 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows out"]:
         """Apply to the last axis."""
         # On one flat axis of rows XLA's CPU backend is a quarter faster in the backward pass.
-        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        y = flat @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)
+        if self.lora is not None:
+            y += self.lora(flat)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import weights
-from vtriune_jax.models.config import ModelConfig
+from vtriune_jax.models.config import LoRAConfig, ModelConfig
 from vtriune_jax.models.core import abstract, merge, split
+from vtriune_jax.models.lora import fresh, is_adapter, merging
 from vtriune_jax.models.qwen2_5_vl import Qwen2_5_VL
 
 MAX_SHARD_BYTES = 4 * 1024**3
@@ -28,23 +30,28 @@ def load_pretrained(
     remat: str = "none",
     param_dtype: str = "float32",
     shardings: weights.Place | None = None,
+    lora: LoRAConfig | None = None,
+    seed: int = 0,
 ) -> Qwen2_5_VL:
     """Read a Hugging Face checkpoint folder (layouts: see `weights`).
 
     `dtype` is of activations, `param_dtype` of the parameters, whatever the files have; training
     wants float32. `shardings` (path, shape) says where a parameter lies, by default on one device;
     the parameters go there tensor by tensor, and beside them the host never holds as much as twice
-    the largest tensor of the files.
+    the largest tensor of the files. The adapters that `lora` asks for are new, drawn with `seed`,
+    and float32.
 
     Raises UserError naming the file and key that is missing, broken, left over or mis-shaped.
     """
     folder = Path(path)
     check_param_dtype(param_dtype)
-    config = read_config(folder, dtype=dtype, remat=remat)
+    config = replace(read_config(folder, dtype=dtype, remat=remat), lora=lora)
     graphdef, tree = abstract(config)
     shapes = {path: leaf.shape for path, leaf in weights.flatten(tree).items()}
-    params = weights.read(folder, shapes, jnp.dtype(param_dtype), shardings)
-    return merge(graphdef, weights.unflatten(params))
+    stored = {path: shape for path, shape in shapes.items() if not is_adapter(path)}
+    adapters = {path: shape for path, shape in shapes.items() if is_adapter(path)}
+    params = weights.read(folder, stored, jnp.dtype(param_dtype), shardings)
+    return merge(graphdef, weights.unflatten(params | fresh(adapters, seed, shardings)))
 
 
 def read_config(folder: Path, *, dtype: str = "float32", remat: str = "none") -> ModelConfig:
@@ -88,7 +95,8 @@ def save_params(
     """Write config.json and safetensors in the hub's layout, of parameters that `fetch` gives.
 
     `fetch` is called with every path of the model once, so that the parameters need not all be in
-    memory; one tensor of a file is on the host at a time. Each file is replaced atomically,
+    memory; one tensor of a file is on the host at a time. Adapters go into the matrices that they
+    adapt. Each file is replaced atomically,
     config.json last; other files of the folder (tokenizer, processor) stay. Raises UserError when
     the folder cannot be written.
     """
@@ -101,6 +109,8 @@ def save_params(
         vision.patch_size,
     )
     shapes = {name: leaf.shape for name, leaf in weights.flatten(abstract(config)[1]).items()}
+    fetch = merging(fetch, shapes, config)
+    shapes = {name: shape for name, shape in shapes.items() if not is_adapter(name)}
     hf = config.to_hf_dict()
     hf["dtype"] = hf["text_config"]["dtype"] = param_dtype
     try:

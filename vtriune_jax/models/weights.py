@@ -127,27 +127,35 @@ def read(
     Raises UserError naming file and key when one is missing, left over, of another shape or of a
     dtype that is no float of 16 or 32 bits.
     """
+    fetch = reader(folder, shapes, dtype, place)
+    return {path: fetch(path) for path in shapes}
+
+
+def reader(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: DTypeLike = jnp.float32,
+    place: Place | None = None,
+) -> Callable[[str], jax.Array]:
+    """The same for one parameter at a time: checks all, returns what reads the one of a path."""
     places = _all_tensors(folder)
     if "language/head/kernel" not in shapes:
         places.pop("lm_head.weight", None)  # some tied checkpoints store the head all the same
     wanted = entries(shapes)
     _check(folder, places, wanted, shapes)
-    params = {}
-    by_path = itertools.groupby(wanted, key=lambda entry: (entry.path, entry.transform))
-    for (path, transform), group in by_path:
+
+    def fetch(path: str) -> jax.Array:
+        first, *others = entries({path: shapes[path]})
         where = place(path, shapes[path]) if place else _default_place()
-        make, write_layer = _writers(transform, where, np.dtype(dtype))
-        for entry in group:  # tensors get no name here, by which they would live on beside the next
-            if entry.layer:
-                params[path] = write_layer(
-                    params[path], _place(places[entry.key], entry, where), entry.layer
-                )
-            else:
-                layers = None if entry.layer is None else shapes[path][0]
-                params[path] = make(_place(places[entry.key], entry, where), layers)
-            params[path].block_until_ready()  # else the next tensor is read beside this one
-            gc.collect(0)  # only then JAX lets go of the host arrays that it is done with
-    return params
+        make, write_layer = _writers(first.transform, where, np.dtype(dtype))
+        layers = None if first.layer is None else shapes[path][0]
+        # Tensors get no name here, by which they would live on beside the next one.
+        param = _done(make(_place(places[first.key], first, where), layers))
+        for entry in others:
+            param = _done(write_layer(param, _place(places[entry.key], entry, where), entry.layer))
+        return param
+
+    return fetch
 
 
 def write(
@@ -329,6 +337,13 @@ def _writers(transform: str, where: Sharding, dtype: np.dtype) -> tuple[Callable
         return jax.lax.dynamic_update_index_in_dim(stack, own, layer, 0)
 
     return make, write_layer
+
+
+def _done(param: jax.Array) -> jax.Array:
+    """The same, when it is there: else the next tensor would be read beside this one."""
+    param.block_until_ready()
+    gc.collect(0)  # only then JAX lets go of the host arrays that it is done with
+    return param
 
 
 def _to_ours(tensor: jax.Array, transform: str) -> jax.Array:
