@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,25 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Float
 
 from vtriune_jax import models, sharding
 from vtriune_jax.data import digits
-from vtriune_jax.data.packing import Slots
+from vtriune_jax.data.packing import Slots, stack_vision
 from vtriune_jax.data.prompts import Prompter
 from vtriune_jax.data.sources import Source, load
 from vtriune_jax.data.tokenizer import load_processor
 from vtriune_jax.errors import UserError
+from vtriune_jax.models import lora
 from vtriune_jax.models.config import ModelConfig
 from vtriune_jax.rollout.local import LocalEngine
 from vtriune_jax.tiny import ensure_tiny
-from vtriune_jax.types import Sample
+from vtriune_jax.types import Prompt, Sample
 from vtriune_jax.verifiers import known_verifiers
-from vtriune_jax.verifiers.client import InProcess, VerifierClient, VerifierServer, check_health
+from vtriune_jax.verifiers.client import VerifierClient
+from vtriune_jax.verifiers.embedded import VerifierServer
+from vtriune_jax.verifiers.in_process import InProcess
+from vtriune_jax.verifiers.request import check_health
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,13 @@ class Parts:
         """The parameters on the mesh."""
         return jax.device_put(params, sharding.shardings(params, self.mesh))
 
+    def encode(
+        self, params: Any, prompts: Sequence[Prompt]
+    ) -> Float[jax.Array, "prompts units embed"]:
+        """The features of the prompts' images, each device with its rows."""
+        vision = sharding.shard_rows(stack_vision(prompts, self.slots), self.mesh)
+        return models.encode(self.graphdef, params, vision)
+
 
 @contextlib.contextmanager
 def assemble(config: Any, workdir: Path) -> Iterator[Parts]:
@@ -75,10 +87,14 @@ def assemble(config: Any, workdir: Path) -> Iterator[Parts]:
     train = tuple((_load(config, name, "train"), float(w)) for name, w in config.data.train)
     heldout = _heldout(config)
     path = _checkpoint_path(config, workdir)
+    adapters = lora.from_keys(config.model.lora)
     model = models.load_pretrained(
         path,
         dtype=config.model.dtype,
         remat=config.model.remat,
+        param_dtype=config.model.lora.base_dtype if adapters else "float32",
+        lora=adapters,
+        seed=config.seed,
         shardings=lambda name, shape: NamedSharding(mesh, sharding.spec(name, shape, mesh)),
     )
     graphdef, params = models.split(model)
@@ -186,4 +202,5 @@ def _verifiers(config: Any) -> Iterator[VerifierClient | InProcess]:
             addresses = server.addresses
         else:
             check_health(addresses)
-        yield stack.enter_context(VerifierClient(addresses))
+        deadline = config.verifiers.deadline_seconds
+        yield stack.enter_context(VerifierClient(addresses, deadline=deadline))

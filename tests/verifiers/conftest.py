@@ -3,7 +3,8 @@
 import pytest
 
 from vtriune_jax.types import RewardConfig
-from vtriune_jax.verifiers.client import VerifierClient, VerifierServer
+from vtriune_jax.verifiers.client import VerifierClient
+from vtriune_jax.verifiers.embedded import VerifierServer
 from vtriune_jax.verifiers.router import Item, Router
 
 BOX = "[{'bbox_2d': [100, 100, 300, 300], 'label': 'dog'}]"

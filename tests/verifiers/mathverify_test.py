@@ -1,5 +1,8 @@
+import itertools
+
 import pytest
 
+from vtriune_jax.verifiers import mathverify
 from vtriune_jax.verifiers.mathverify import format_score, verify
 
 
@@ -47,3 +50,24 @@ def test_a_truth_that_cannot_be_read_is_an_error(truth):
 )
 def test_format_is_a_quarter_per_tag(completion, expected):
     assert format_score(completion) == expected
+
+
+def test_what_is_remembered_is_the_answer_to_this_truth():
+    """The completions of a prompt share the truth and often the answer, which is compared once."""
+
+    def judged(answer, truth):
+        return accuracy(rf"attempt {next(number)}: \boxed{{{answer}}}", rf"\boxed{{{truth}}}")
+
+    number = itertools.count()
+    column = r"\begin{pmatrix} 1 \\ %d \end{pmatrix}"
+    for _ in range(2):
+        assert judged("1/2", "0.5") == judged("0.5", "1/2") == 1
+        assert judged("1/2", "2") == judged("2", "0.5") == 0
+        assert judged("www.example.com", "www.example.com") == 1
+        assert judged("www.example.com", "www.example.org") == 0
+        assert judged(column % 2, column % 2) == 1  # a SymPy matrix has no hash
+        assert judged(column % 3, column % 2) == 0
+    before = mathverify._right.cache_info()
+    assert judged("1/2", "0.5") == 1
+    after = mathverify._right.cache_info()
+    assert (after.hits, after.misses) == (before.hits + 1, before.misses)

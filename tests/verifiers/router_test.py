@@ -1,7 +1,6 @@
 import dataclasses
 import re
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -10,21 +9,6 @@ import pytest
 from vtriune_jax.types import RewardConfig
 from vtriune_jax.verifiers import known_verifiers, load
 from vtriune_jax.verifiers.router import Item, Router
-
-HOSTILE = {
-    "a tower of exponents": r"\boxed{9^{9^{9^{9}}}}",
-    "a factorial": r"\boxed{99999999!}",
-    "a sum of a million terms": rf"\boxed{{{'1+' * 500_000}1}}",
-    "deep nesting": rf"\boxed{{{'(' * 20_000}1{')' * 20_000}}}",
-    "nested roots": r"\boxed{" + r"\sqrt{" * 3_000 + "2" + "}" * 3_000 + "}",
-    "a megabyte of braces": r"\boxed" + "{" * 2**20,
-    "a megabyte of dollars": "$" * 2**20 + r"\boxed{1}",
-    "NUL bytes": "\0" * 1000 + r"\boxed{\0}",
-    "lone surrogates": "\ud800\udfff" + r"\boxed{" + "\udc00}",
-    "every quote": r"\boxed{'\"`}",
-}
-START = 10.0  # seconds for workers to start on a busy machine
-LIMIT = 2.0  # conftest's
 
 
 def with_verifier(item, name):
@@ -154,26 +138,6 @@ def test_what_cannot_be_judged_is_an_error_with_a_reason(router, boxes_item, mat
         assert (verdict.status, verdict.score) == ("error", 0)
         assert reason in verdict.reason
         assert "\n" not in verdict.reason
-
-
-def test_hostile_completions_cost_their_neighbours_nothing(router, math_item, boxes_item):
-    hostile = [Item(text, math_item("1").reward) for text in HOSTILE.values()]
-    fine = [math_item("42"), boxes_item()]
-    items = [item for each in hostile for item in (each, *fine)]
-    start = time.monotonic()
-    verdicts = router.score(items)
-    assert time.monotonic() - start < len(hostile) * (LIMIT + 2) / 2 + START
-    for name, verdict in zip(HOSTILE, verdicts[::3], strict=True):
-        assert verdict.score == 0, name
-        assert verdict.status in ("ok", "timeout", "error"), name
-    assert verdicts[0].status == "timeout"
-    assert "2 s" in verdicts[0].reason
-    for k in (1, 2):
-        assert {v.status for v in verdicts[k::3]} == {"ok"}
-        assert [v.score for v in verdicts[k::3]] == pytest.approx([1.0] * len(hostile))
-    # detection sees the same texts as answers
-    verdicts = router.score([boxes_item(text) for text in HOSTILE.values()])
-    assert {(v.status, v.score) for v in verdicts} == {("ok", 0.0)}
 
 
 def worker_pids():

@@ -347,7 +347,8 @@ def test_it_does_not_outlive_its_parent(tmp_path):
     script = (
         "import time\n"
         "from vtriune_jax.types import RewardConfig\n"
-        "from vtriune_jax.verifiers.client import VerifierClient, VerifierServer\n"
+        "from vtriune_jax.verifiers.client import VerifierClient\n"
+        "from vtriune_jax.verifiers.embedded import VerifierServer\n"
         "from vtriune_jax.verifiers.router import Item\n"
         "server = VerifierServer(workers=1, limit=2)\n"
         "client = VerifierClient(server.addresses)\n"

@@ -1,108 +1,86 @@
-"""How the training asks for verdicts: of a service, or in its own process; both look the same.
+"""How the training asks verifier servers for verdicts.
 
     with VerifierServer() as server, VerifierClient(server.addresses) as verifiers:
         verdicts = verifiers.score(items)          # or .submit(items), a future
-    with InProcess() as verifiers: …
 
-A verdict always comes back. When no server answers after all attempts its status is "error" with
-the reason, so that the completion is masked and counted: never a silent 0, never the end of a run.
+A verdict always comes back. When no server gave one before the deadline its status is "timeout" or,
+if something failed, "error" with the reason, so that the completion is masked and counted: never a
+silent 0, never the end of a run. `in_process.InProcess` has the same methods and needs no server.
 """
 
 from __future__ import annotations
 
 import asyncio
-import io
-import itertools
-import os
 import random
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-import urllib.request
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Self
 
 import aiohttp
 
-from vtriune_jax.errors import UserError
 from vtriune_jax.types import Verdict
-from vtriune_jax.verifiers.item import Item, decode_verdicts, encode_items
-from vtriune_jax.verifiers.pool import child_environment
-from vtriune_jax.verifiers.router import TIME_LIMIT, Router
+from vtriune_jax.verifiers.balance import Server, Servers
+from vtriune_jax.verifiers.item import Item, encode_items
+from vtriune_jax.verifiers.request import TROUBLE, Overloaded, Refused, authorization, is_well, post
 
-_FINAL = (400, 404, 413, 422)
-"""HTTP statuses that another attempt would not change."""
+BATCH = 64
+"""Items in one request."""
+DEADLINE = 300.0
+"""Seconds from the submission of an item to its verdict, whatever happens."""
 _BATCH_CHARACTERS = 2**22
 """Text in one request; JSON may need six bytes for a character."""
+_IN_FLIGHT = 16
+"""Requests to one server at a time: enough to keep it busy, too few for its queue to overflow."""
 
 
-def _batches(items: Sequence[Item], most: int) -> list[list[Item]]:
-    """Consecutive batches of at most `most` items and about `_BATCH_CHARACTERS` of text."""
-    batches: list[list[Item]] = []
-    room = 0
-    for item in items:
-        size = len(item.completion) + len(item.reward.ground_truth)
-        if not batches or len(batches[-1]) == most or size > room:
-            batches.append([])
-            room = _BATCH_CHARACTERS
-        batches[-1].append(item)
-        room -= size
-    return batches
+@dataclass(eq=False)
+class _Question:
+    """One item on its way."""
 
+    item: Item
+    deadline: float
+    answer: asyncio.Future[Verdict]
 
-class InProcess:
-    """The verifiers without a server, for small runs and tests."""
-
-    def __init__(self, workers: int = 0, limit: float = TIME_LIMIT) -> None:
-        self._router = Router(workers, limit)
-        self._threads = ThreadPoolExecutor(4, thread_name_prefix="verifiers")
-
-    def submit(self, items: Sequence[Item]) -> Future[list[Verdict]]:
-        """Start to judge; the verdicts come in the order of the items."""
-        return self._threads.submit(self._router.score, items)
-
-    def score(self, items: Sequence[Item]) -> list[Verdict]:
-        """Judge and wait."""
-        return self.submit(items).result()
-
-    def close(self) -> None:
-        """Finish what was begun and end the workers."""
-        self._threads.shutdown()
-        self._router.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    @property
+    def size(self) -> int:
+        return len(self.item.completion) + len(self.item.reward.ground_truth)
 
 
 class VerifierClient:
-    """Batches of items to one or several servers, from an event loop on a thread of its own."""
+    """Items in batches to one or several servers, from an event loop on a thread of its own."""
 
     def __init__(
         self,
         addresses: Sequence[str] | Callable[[], Sequence[str]],
         *,
+        deadline: float = DEADLINE,
         timeout: float = 120.0,
-        attempts: int = 4,
-        backoff: float = 0.5,
-        batch: int = 32,
+        patience: float = 10.0,
+        hedge: float = 2.0,
+        backoff: float = 0.2,
+        batch: int = BATCH,
+        linger: float = 0.005,
     ) -> None:
         """`addresses` may be a function, asked before every attempt, as servers may move.
 
-        `timeout`: seconds for one request of up to `batch` items. Before attempt k + 1, on another
-        server when there is one, `backoff` · 2^(k − 1) seconds pass, give or take a half.
+        All in seconds: `deadline` from the submission of an item to its verdict; `timeout` of one
+        request; `patience` until a server that has not answered is asked after its health, which
+        it must tell within as long; `hedge` until a second server gets the same request, or twice
+        the time in which 95 % of the last requests were answered if that is longer; `backoff`, the
+        first pause after a failure, doubled with every further one; `linger`, how long an item
+        waits for others to share its request, of which there are up to `batch`.
         """
-        self._addresses = addresses if callable(addresses) else lambda: addresses
-        self._timeout, self._attempts, self._backoff = timeout, attempts, backoff
-        self._batch = batch
-        self._turn = itertools.count()
+        self._deadline, self._timeout, self._patience = deadline, timeout, patience
+        self._hedge, self._backoff, self._batch, self._linger = hedge, backoff, batch, linger
+        self._servers = Servers(addresses, most=_IN_FLIGHT, backoff=backoff)
+        self._queue: list[_Question] = []
+        self._flush: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._durations: deque[float] = deque(maxlen=100)
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         ready = threading.Event()
@@ -138,7 +116,10 @@ class VerifierClient:
 
     async def _serve(self, ready: threading.Event) -> None:
         limits = aiohttp.ClientTimeout(total=self._timeout, sock_connect=10)
-        async with aiohttp.ClientSession(timeout=limits) as self._session:
+        connector = aiohttp.TCPConnector(limit=0)  # `Servers` limits them
+        async with aiohttp.ClientSession(
+            timeout=limits, connector=connector, headers=authorization()
+        ) as self._session:
             ready.set()
             await self._stop.wait()
             others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -147,148 +128,129 @@ class VerifierClient:
             await asyncio.gather(*others, return_exceptions=True)
 
     async def _score(self, items: list[Item]) -> list[Verdict]:
-        parts = _batches(items, self._batch)
-        return list(itertools.chain(*await asyncio.gather(*map(self._batch_of, parts))))
+        deadline = self._loop.time() + self._deadline
+        questions = [_Question(item, deadline, self._loop.create_future()) for item in items]
+        self._queue += questions
+        self._send(everything=False)
+        return await asyncio.gather(*[question.answer for question in questions])
 
-    async def _batch_of(self, items: list[Item]) -> list[Verdict]:
-        """One request, repeated elsewhere when it fails."""
-        turn = next(self._turn)
-        reason = ""
-        for attempt in range(self._attempts):
-            if attempt:
-                await asyncio.sleep(self._backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-            address = "the verifier service"
-            try:
-                addresses = await asyncio.to_thread(self._addresses)
-                address = addresses[(turn + attempt) % len(addresses)]
-                return await self._post(address, items)
-            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-                reason = f"{address}: {type(error).__name__} {error}".strip()
-        verdict = Verdict(
-            "error", reason=f"no verdict after {self._attempts} attempts; last {reason}"
-        )
-        return [verdict] * len(items)
+    def _send(self, everything: bool) -> None:
+        """Begin requests for the full batches in the queue; what is left goes in a moment."""
+        batches = batched(self._queue, self._batch)
+        waits = batches and len(batches[-1]) < self._batch and not everything
+        self._queue = batches.pop() if waits else []
+        for batch in batches:
+            self._begin(batch)
+        if self._flush:
+            self._flush.cancel()
+            self._flush = None
+        if self._queue:
+            self._flush = self._loop.call_later(self._linger, self._send, True)
 
-    async def _post(self, address: str, items: list[Item]) -> list[Verdict]:
-        async with self._session.post(
-            f"{address}/verify", data=io.BytesIO(encode_items(items))
-        ) as answer:
-            body = await answer.read()
-            if answer.status != 200:
-                reason = f"{address}: HTTP {answer.status} {body[:300].decode(errors='replace')}"
-                if answer.status in _FINAL:
-                    return [Verdict("error", reason=reason)] * len(items)
-                raise ValueError(reason)
-        verdicts = decode_verdicts(body)
-        if len(verdicts) != len(items):
-            raise ValueError(f"{len(verdicts)} verdicts for {len(items)} items")
+    def _begin(self, questions: Sequence[_Question]) -> None:
+        def end(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (bug := task.exception()):  # who waits should see it
+                for question in questions:
+                    if not question.answer.done():
+                        question.answer.set_exception(bug)
+
+        task = self._loop.create_task(self._judge(questions))
+        self._tasks.add(task)
+        task.add_done_callback(end)
+
+    async def _judge(self, questions: Sequence[_Question]) -> None:
+        """One request, repeated until it is answered or the deadline is over."""
+        reason, attempts = "", 0
+        try:
+            body = encode_items([question.item for question in questions])
+            async with asyncio.timeout_at(questions[0].deadline):
+                while True:
+                    attempts += 1
+                    try:
+                        verdicts = await self._attempt(body, len(questions))
+                        break
+                    except TROUBLE as error:
+                        reason = f"{type(error).__name__} {error}".strip()
+                    await asyncio.sleep(self._backoff * random.uniform(0.5, 1.5))
+        except TimeoutError:
+            said = f"no verdict after {self._deadline:g} s and {attempts} attempts"
+            status = "error" if reason else "timeout"
+            said = f"{said}; last {reason}" if reason else said
+            verdicts = [Verdict(status, reason=said)] * len(questions)
+        except (Refused, TypeError, RecursionError) as error:  # or it cannot be JSON
+            may_be_one = not isinstance(error, Refused) or error.may_be_one
+            if len(questions) > 1 and may_be_one:
+                middle = len(questions) // 2
+                self._begin(questions[:middle])
+                self._begin(questions[middle:])
+                return
+            verdicts = [Verdict("error", reason=str(error))] * len(questions)
+        for question, verdict in zip(questions, verdicts, strict=True):
+            if not question.answer.done():
+                question.answer.set_result(verdict)
+
+    async def _attempt(self, body: bytes, count: int) -> list[Verdict]:
+        """Ask a server and, if it takes long, a second one; the first answer wins."""
+        first = await self._servers.take()
+        running = {self._loop.create_task(self._ask(first, body, count))}
+        try:
+            done, _ = await asyncio.wait(running, timeout=self._hedge_after())
+            if not done and (second := self._servers.other(first)):
+                running.add(self._loop.create_task(self._ask(second, body, count)))
+            error: BaseException | None = None
+            while running:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task, error in [(task, task.exception()) for task in done]:
+                    if error is None:
+                        return task.result()
+            raise error or RuntimeError("no request was made")
+        finally:
+            for task in running:
+                task.cancel()
+
+    def _hedge_after(self) -> float:
+        if not self._durations:
+            return self._hedge
+        usual = sorted(self._durations)[int(0.95 * (len(self._durations) - 1))]
+        return max(self._hedge, 2 * usual)
+
+    async def _ask(self, server: Server, body: bytes, count: int) -> list[Verdict]:
+        """One request to a server that was taken, and what is learnt of it."""
+        began = time.monotonic()
+        request = self._loop.create_task(post(self._session, server.address, body, count))
+        try:
+            while not (await asyncio.wait([request], timeout=self._patience))[0]:
+                if not await is_well(self._session, server.address, self._patience):
+                    raise TimeoutError(f"{server.address} does not even answer /health")
+            verdicts = request.result()
+        except Refused:
+            self._servers.succeeded(server)
+            raise
+        except TROUBLE as error:
+            rest = error.seconds if isinstance(error, Overloaded) else None
+            self._servers.failed(server, rest)
+            raise
+        except asyncio.CancelledError:
+            if server.answered < began:  # another one was faster, and this one gave nobody anything
+                self._servers.failed(server)
+            raise
+        finally:
+            request.cancel()
+            self._servers.release(server)
+        self._servers.succeeded(server)
+        self._durations.append(time.monotonic() - began)
         return verdicts
 
 
-def check_health(addresses: Sequence[str], timeout: float = 10.0) -> None:
-    """Raises UserError naming the first address at which no verifier server answers."""
-    for address in addresses:
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=timeout):
-                pass
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"verifiers.addresses: no verifier server answers at {address} ({error}); start "
-                "one (python -m vtriune_jax.verifiers.server), or leave the addresses empty"
-            ) from error
-
-
-class VerifierServer:
-    """The verifier service as a child process, started again when it is found dead.
-
-    It lives until `close`, or until this process ends in whatever way. It prints to `log`.
-    """
-
-    def __init__(
-        self,
-        *,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        workers: int = 0,
-        limit: float = TIME_LIMIT,
-        log: Path | None = None,
-        start_timeout: float = 60.0,
-    ) -> None:
-        """Start the service and wait for it; `UserError` when it does not come up."""
-        self._folder = tempfile.TemporaryDirectory(prefix="vtriune_verifiers_")
-        self._ready = Path(self._folder.name) / "address"
-        self._log = log or Path(self._folder.name) / "log"
-        self._command = [
-            *(sys.executable, "-m", "vtriune_jax.verifiers.server", "--host", host),
-            *("--port", str(port), "--workers", str(workers), "--limit", str(limit)),
-            *("--ready-file", str(self._ready), "--parent", str(os.getpid())),
-        ]
-        self._start_timeout = start_timeout
-        self._lock = threading.Lock()
-        self._closed = False
-        try:
-            self._process = self._start()
-        except UserError:
-            self._folder.cleanup()
-            raise
-
-    def addresses(self) -> tuple[str, ...]:
-        """Where it listens now, after a restart if it was dead. May be called from any thread."""
-        with self._lock:
-            if self._closed:
-                raise UserError("the verifier server was closed; start another one")
-            if self._process.poll() is not None:
-                self._process = self._start()
-            return (self._ready.read_text(),)
-
-    def close(self) -> None:
-        """Let requests in flight finish, then end it."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-            self._folder.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        self._ready.unlink(missing_ok=True)
-        with self._log.open("ab") as log:
-            process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C is for the trainer, which may still want verdicts
-                env=child_environment(),
-            )
-        deadline = time.monotonic() + self._start_timeout
-        while not self._ready.exists():
-            if process.poll() is not None:
-                raise UserError(f"the verifier server did not start: {self._last_line()}")
-            if time.monotonic() > deadline:
-                process.kill()
-                process.wait()
-                raise UserError(
-                    f"the verifier server was not ready after {self._start_timeout:g} s: "
-                    f"{self._last_line()}"
-                )
-            time.sleep(0.02)
-        return process
-
-    def _last_line(self) -> str:
-        lines = self._log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
-        return (
-            f"{lines[-1]}; try `{' '.join(self._command[:3])}`, or verifiers.mode='in_process' "
-            "to do without a server"
-        )
+def batched(questions: Sequence[_Question], most: int) -> list[list[_Question]]:
+    """Consecutive batches of at most `most` items and about `_BATCH_CHARACTERS` of text."""
+    batches: list[list[_Question]] = []
+    room = 0
+    for question in questions:
+        if not batches or len(batches[-1]) == most or question.size > room:
+            batches.append([])
+            room = _BATCH_CHARACTERS
+        batches[-1].append(question)
+        room -= question.size
+    return batches

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from vtriune_jax.errors import UserError
 from vtriune_jax.types import RewardConfig, Verdict
+
+TOKEN = "VTRIUNE_VERIFIER_TOKEN"
+"""The environment variable with the token of server and client."""
+_STATUSES = ("ok", "timeout", "error")
 
 
 @dataclass(frozen=True)
@@ -49,16 +54,28 @@ def encode_verdicts(verdicts: Sequence[Verdict]) -> bytes:
 
 
 def decode_verdicts(body: bytes) -> list[Verdict]:
-    """The body of an answer → verdicts; ValueError when it is not one."""
+    """The body of an answer → verdicts; ValueError when it is none, of finite numbers."""
     try:
-        return [Verdict(**row) for row in json.loads(body)["verdicts"]]
-    except (TypeError, KeyError) as error:
+        return [_verdict(row) for row in json.loads(body)["verdicts"]]
+    except (TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"not a list of verdicts ({type(error).__name__}: {error})") from error
 
 
 def _plain(item: Item) -> dict[str, Any]:
     reward = {**vars(item.reward), "params": dict(item.reward.params)}
     return {**vars(item), "reward": reward}
+
+
+def _verdict(row: Mapping[str, Any]) -> Verdict:
+    verdict = Verdict(**row)
+    numbers = (verdict.score, *dict(verdict.parts).values())
+    if not (
+        verdict.status in _STATUSES
+        and isinstance(verdict.reason, str)
+        and all(type(number) in (int, float) and isfinite(number) for number in numbers)
+    ):
+        raise TypeError(f"{str(row)[:100]} is no verdict")
+    return verdict
 
 
 def _item(row: Mapping[str, Any]) -> Item:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig
@@ -40,14 +41,13 @@ def verify(
     completion: str, ground_truth: str, params: Mapping[str, Any], progress: float
 ) -> dict[str, float]:
     """Accuracy and format of one completion; ValueError when the ground truth cannot be read."""
-    gold = _parse(ground_truth, _GOLD)
-    if not gold:
+    if not _gold(ground_truth):
         raise ValueError(
             f"math-verify cannot read the ground truth {ground_truth!r}; write it as \\boxed{{…}}"
         )
-    prediction = _parse(completion, _PREDICTION)
+    prediction = _Prediction(_parse(completion, _PREDICTION))
     return {
-        "accuracy": float(bool(prediction) and equal(gold, prediction, timeout_seconds=None)),
+        "accuracy": float(bool(prediction) and _right(ground_truth, prediction)),
         "format": format_score(completion),
     }
 
@@ -55,6 +55,33 @@ def verify(
 def format_score(completion: str) -> float:
     """The share of the four tags that occur exactly once."""
     return sum(completion.count(tag) == 1 for tag in _TAGS) / len(_TAGS)
+
+
+class _Prediction(list):
+    """What was read in a completion: an expression and its text, or only the text.
+
+    The text says what the expression is, and unlike it (a matrix, say) can always be hashed.
+    """
+
+    def _texts(self) -> list[str | None]:
+        return [each if isinstance(each, str) else None for each in self]
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._texts()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Prediction) and self._texts() == other._texts()
+
+
+# The completions of a prompt share the truth, and many of them the answer.
+@lru_cache(1024)
+def _gold(text: str) -> list[Any]:
+    return _parse(text, _GOLD)
+
+
+@lru_cache(1024)
+def _right(ground_truth: str, prediction: _Prediction) -> bool:
+    return equal(_gold(ground_truth), prediction, timeout_seconds=None)
 
 
 def _parse(text: str, extraction: Any) -> list[Any]:

@@ -21,6 +21,7 @@ the variable), or --open, for a network in which everyone may use it: V-Triune's
 from __future__ import annotations
 
 import argparse
+import gc
 import ipaddress
 import os
 import socket
@@ -34,11 +35,9 @@ import jax
 import uvicorn
 
 from vtriune_jax.verifiers.app import create_app
+from vtriune_jax.verifiers.item import TOKEN
 from vtriune_jax.verifiers.router import TIME_LIMIT, Router
 from vtriune_jax.verifiers.service import CACHE, QUEUE, Service
-
-TOKEN = "VTRIUNE_VERIFIER_TOKEN"
-"""The environment variable with the token of server and client."""
 
 
 def main() -> None:
@@ -79,6 +78,7 @@ def main() -> None:
             _write_atomically(args.ready_file, f"http://{host}:{port}")
         if args.parent:
             threading.Thread(target=_end_with, args=(args.parent, server), daemon=True).start()
+        gc.freeze()  # what was imported need not be searched for garbage again and again
         server.run(sockets=[listener])
 
 

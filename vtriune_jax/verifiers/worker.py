@@ -8,6 +8,7 @@ one had to be killed; and it ends with its parent, even in mid-thought.
 from __future__ import annotations
 
 import contextlib
+import gc
 import resource
 import signal
 import socket
@@ -70,6 +71,7 @@ def _load(module: str) -> bool | str:
     loaded = guarded(import_module, module)
     if isinstance(loaded, Exception):
         return describe(loaded)
+    gc.freeze()  # SymPy alone is several hundred thousand objects, none of them garbage
     return hasattr(loaded, "verify_batch")
 
 
