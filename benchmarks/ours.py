@@ -38,6 +38,9 @@ from vtriune_jax.data.prompts import Prompter
 from vtriune_jax.data.tokenizer import load_processor
 from vtriune_jax.models import layout
 from vtriune_jax.optim import OptimConfig, make_optimizer
+from vtriune_jax.rewards.assignment import optimal
+from vtriune_jax.rewards.boxes import pairwise_iou
+from vtriune_jax.rewards.matching import Match
 from vtriune_jax.rl.advantages import group_advantages
 from vtriune_jax.rl.logprobs import token_logps
 from vtriune_jax.rl.losses import LossConfig
@@ -82,6 +85,7 @@ def choose(case: str) -> tuple[Callable[..., dict[str, float]], str]:
         "D/tunix-sample-text": generate,
         "D/tunix-grpo-text": whole_step,
         "E/preproc": preprocess,
+        "E/match": match,
     }
     if f"{group}/{name}" not in benches:
         sys.exit(NO_SUCH_CASE)
@@ -245,6 +249,27 @@ def preprocess(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
 
     timing = measure(run, args.warmup, args.steps)
     return timing | {"e2e_images_per_s": len(blobs) / timing["wall_s"]}
+
+
+def match(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
+    """IoU and optimal matching of 10,000 problems of 10 × 10 boxes, in one jitted call."""
+    sys.path.insert(0, os.getcwd())  # the driver runs us in its own folder
+    import common  # pyright: ignore[reportMissingImports]
+    import e_preproc  # pyright: ignore[reportMissingImports]
+
+    work = common.WORK["match"]
+    predicted, truth = e_preproc.boxes(work["problems"], work["boxes"], work["seed"])
+
+    @jax.jit
+    def solve(predicted: jax.Array, truth: jax.Array) -> Match:
+        iou = pairwise_iou(predicted, truth)
+        thresholds = jnp.zeros((len(iou), 1))
+        return optimal(iou, jnp.ones(iou.shape, bool), thresholds)
+
+    timing = measure(
+        lambda: jax.block_until_ready(solve(predicted, truth)), args.warmup, args.steps
+    )
+    return timing | {"e2e_batched_hungarian_per_s": work["problems"] / timing["wall_s"]}
 
 
 # ------------------------------------------------------------------------------------- the parts
