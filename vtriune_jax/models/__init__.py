@@ -7,10 +7,10 @@
 one name everywhere: sharding, optimizer groups, file keys and metrics go by it.
 """
 
+from vtriune_jax.models.attention import KV
 from vtriune_jax.models.config import LoRAConfig, ModelConfig, TextConfig, VisionConfig
 from vtriune_jax.models.core import abstract, init, merge, split
 from vtriune_jax.models.forward import encode, forward
-from vtriune_jax.models.language import KV
 from vtriune_jax.models.lora import merge_lora
 from vtriune_jax.models.pretrained import load_pretrained, save_pretrained
 from vtriune_jax.models.qwen2_5_vl import Qwen2_5_VL

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,16 @@ BLOCKS = 8
 """Such blocks of queries at most; each is compiled."""
 MASKED = -1e30
 """Finite, so that a token that sees nothing gets a finite, if meaningless, result."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KV:
+    """Keys and values of one layer, after the rotary embedding: laid out as `decode_attention`
+    multiplies them, which on CPUs is three times as fast as the other way round."""
+
+    keys: Float[Array, "*rows head_dim tokens"]
+    values: Float[Array, "*rows tokens head_dim"]
 
 
 def attention(
@@ -78,36 +89,36 @@ def _attend(
 
 def decode_attention(
     query: Float[Array, "groups n heads head_dim"],
-    new_key: Float[Array, "groups n kv_heads head_dim"],
-    new_value: Float[Array, "groups n kv_heads head_dim"],
-    prompt_key: Float[Array, "groups kv_heads tokens head_dim"],
-    prompt_value: Float[Array, "groups kv_heads tokens head_dim"],
+    key: Float[Array, "groups n kv_heads head_dim"],
+    value: Float[Array, "groups n kv_heads head_dim"],
+    prompt: KV,
     prompt_segments: Int[Array, "groups tokens"],
-    key: Float[Array, "groups n kv_heads completion head_dim"],
-    value: Float[Array, "groups n kv_heads completion head_dim"],
+    own: KV,
     index: Int[Array, ""],
 ) -> Float[Array, "groups n heads head_dim"]:
     """Attend from one new token to the group's prompt, the completion's tokens < index and itself.
 
     The prompt's keys are read once for all n completions of the group.
     """
-    groups, n, heads, head_dim = query.shape
-    kv_heads, tokens = prompt_key.shape[1:3]
-    query = query.reshape(groups, n, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
-    logits = jnp.concatenate(
-        [
-            jnp.einsum("gnkqd,gktd->gnkqt", query, prompt_key),
-            jnp.einsum("gnkqd,gnkcd->gnkqc", query, key),
-            jnp.einsum("gnkqd,gnkd->gnkq", query, new_key)[..., None],
-        ],
-        axis=-1,
-        dtype=jnp.float32,
-    )
-    own = jnp.broadcast_to(jnp.arange(key.shape[3]) < index, (groups, key.shape[3]))
-    seen = jnp.concatenate([prompt_segments != 0, own, jnp.ones((groups, 1), bool)], axis=-1)
-    logits = jnp.where(seen[:, None, None, None], logits, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    out = jnp.einsum("gnkqt,gktd->gnkqd", weights[..., :tokens], prompt_value)
-    out += jnp.einsum("gnkqc,gnkcd->gnkqd", weights[..., tokens:-1], value)
-    out += weights[..., -1:] * new_value[:, :, :, None]
-    return out.reshape(groups, n, heads, head_dim)
+    (groups, n, _, head_dim), kv_heads = query.shape, key.shape[2]
+    grouped = (query * head_dim**-0.5).reshape(groups, n, kv_heads, -1, head_dim)
+    grouped = grouped.swapaxes(1, 2)  # groups kv_heads n heads/kv_heads head_dim
+    key, value = (x.swapaxes(1, 2)[:, :, :, None] for x in (key, value))
+    merged = groups, kv_heads, -1, head_dim
+    shape = grouped.shape[:-1]
+
+    matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    to_prompt = matmul(grouped.reshape(merged), prompt.keys).reshape(*shape, -1)
+    to_prompt = jnp.where((prompt_segments != 0)[:, None, None, None], to_prompt, -jnp.inf)
+    to_own = matmul(grouped, own.keys)
+    to_own = jnp.where(jnp.arange(to_own.shape[-1]) < index, to_own, -jnp.inf)
+    to_itself = (grouped * key).sum(-1, keepdims=True, dtype=jnp.float32)
+    logits = to_prompt, to_own, to_itself
+
+    top = reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in logits))
+    weights = [jnp.exp(x - top) for x in logits]
+    total = sum(x.sum(-1, keepdims=True) for x in weights)
+    on_prompt, on_own, on_itself = (x.astype(value.dtype) for x in weights)
+    out = matmul(on_prompt.reshape(*merged[:-1], on_prompt.shape[-1]), prompt.values)
+    out = out.reshape(grouped.shape) + matmul(on_own, own.values) + on_itself * value
+    return (out / total).astype(value.dtype).swapaxes(1, 2).reshape(query.shape)

@@ -7,7 +7,6 @@ sampling) and `decode` (one more token for each completion of each prompt).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from vtriune_jax.models.attention import attention, decode_attention
+from vtriune_jax.models.attention import KV, attention, decode_attention
 from vtriune_jax.models.config import ModelConfig, TextConfig
 from vtriune_jax.models.layers import (
     ATTENDED,
@@ -31,15 +30,6 @@ from vtriune_jax.models.layers import (
     unstack,
 )
 from vtriune_jax.models.lora import adapt, fold
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KV:
-    """Keys and values of one layer, after the rotary embedding."""
-
-    keys: Float[Array, "*rows kv_heads tokens head_dim"]
-    values: Float[Array, "*rows kv_heads tokens head_dim"]
 
 
 def mrope_angles(
@@ -130,7 +120,7 @@ class LanguageModel(nnx.Module):
         """The same, keeping the keys and values of each layer, at which `decode` looks."""
 
         def keep(key: Array, value: Array) -> KV:
-            return KV(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+            return KV(jnp.moveaxis(key, 1, 3), jnp.swapaxes(value, 1, 2))
 
         x, kept = self._run(x, positions, segments, keep)
         return x, _each(kept, self.config.layers)
@@ -181,27 +171,20 @@ class LanguageModel(nnx.Module):
         # Not a scan: it would copy each layer's parameters, keys and values on every step.
         for layer, prompt_kv, kv in zip(layers, prompt, own, strict=True):
             query, key, value = layer.attn.qkv(layer.attn_norm(x), angles)
-            attended = decode_attention(
-                query,
-                key,
-                value,
-                prompt_kv.keys,
-                prompt_kv.values,
-                prompt_segments,
-                kv.keys,
-                kv.values,
-                index,
-            )
+            attended = decode_attention(query, key, value, prompt_kv, prompt_segments, kv, index)
             # The sum makes XLA write after it has read; its CPU backend would write into copies.
             key, value = (new + 0 * attended[:, :, :1] for new in (key, value))
-            here = (0, 0, 0, index, 0)
             kv = KV(
-                jax.lax.dynamic_update_slice(kv.keys, key[:, :, :, None], here),
-                jax.lax.dynamic_update_slice(kv.values, value[:, :, :, None], here),
+                _write(kv.keys, key.swapaxes(1, 2)[..., None], index, axis=-1),
+                _write(kv.values, value.swapaxes(1, 2)[..., None, :], index, axis=-2),
             )
             x = layer.finish(x, attended)
             stored.append(kv)
         return self.norm(x), tuple(stored)
+
+
+def _write(cache: Array, new: Array, index: Array, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis % cache.ndim)
 
 
 def _each(stacked: Any, layers: int) -> tuple[Any, ...]:

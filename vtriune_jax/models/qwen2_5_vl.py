@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from vtriune_jax.models.attention import KV
 from vtriune_jax.models.config import ModelConfig
-from vtriune_jax.models.language import KV, LanguageModel, Layer
+from vtriune_jax.models.language import LanguageModel, Layer
 from vtriune_jax.models.vision import VisionTower
 from vtriune_jax.types import Vision
 
@@ -53,7 +54,7 @@ class Qwen2_5_VL(nnx.Module):
         features: Float[Array, "rows units embed"] | None = None,
         image_index: Int[Array, "rows tokens"] | None = None,
     ) -> tuple[Float[Array, "rows tokens embed"], tuple[KV, ...]]:
-        """Like a call, and each layer's keys and values, `[rows, kv_heads, tokens, head_dim]`."""
+        """Like a call, and each layer's keys and values, of `rows` = [rows, kv_heads]."""
         x = self._embed(ids, features, image_index)
         return self.language.prefill(x, positions, segments)
 
@@ -69,9 +70,9 @@ class Qwen2_5_VL(nnx.Module):
     ) -> tuple[Float[Array, "groups n embed"], tuple[KV, ...]]:
         """One more token for n completions of each prompt.
 
-        `layers` are `language.apart()`, `prompt` is what `prefill` kept and `own` holds the
-        completions' own keys and values, `[groups, n, kv_heads, completion, head_dim]` for each
-        layer; `index` says how many are there already, and is where this token's are written.
+        `layers` are `language.apart()`, `prompt` is what `prefill` kept, and `own` holds the
+        completions' own keys and values, of `rows` = [groups, kv_heads, n], for each layer;
+        `index` says how many are there already, and is where this token's are written.
         Completions are text, so one position each.
         """
         x = self.language.embed(ids).astype(self.config.dtype)

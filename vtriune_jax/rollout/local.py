@@ -187,8 +187,9 @@ def sample(
     )
     start = jnp.zeros((), jnp.int32)
     at_prompt_end = jnp.broadcast_to(hidden[:, -1:], (groups, n, hidden.shape[-1]))
-    _, kv_heads, _, head_dim = prompt_kv[0].keys.shape
-    empty = jnp.zeros((groups, n, kv_heads, most, head_dim), prompt_kv[0].keys.dtype)
-    own = (KV(empty, empty),) * len(layers)
+    _, kv_heads, head_dim, _ = prompt_kv[0].keys.shape
+    rows, dtype = (groups, kv_heads, n), prompt_kv[0].keys.dtype
+    empty = KV(jnp.zeros((*rows, head_dim, most), dtype), jnp.zeros((*rows, most, head_dim), dtype))
+    own = (empty,) * len(layers)
     carry = (start + 1, own, draw(start, at_prompt_end, nothing))
     return jax.lax.while_loop(unfinished, step, carry)[2]
