@@ -7,7 +7,8 @@
 The driver (`bench_peers.py`, see its README) runs transformers, TRL or Tunix and this script in
 turn on the same checkpoint, batch and cores. Everything here goes through the doors that a run
 goes through: `make_update`, `LocalEngine.generate`, `images.patches`. A case that we do not have
-ends with exit status 77.
+ends with exit status 77. As in a run, compiled programs are kept in a cache: a case run for the
+first time needs the compiler's memory as well as its own.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from vtriune_jax.data import images
 from vtriune_jax.data.packing import Slots, pack, stack_vision
 from vtriune_jax.data.prompts import Prompter
 from vtriune_jax.data.tokenizer import load_processor
+from vtriune_jax.main import cache_folder
 from vtriune_jax.models import layout
 from vtriune_jax.optim import OptimConfig, make_optimizer
 from vtriune_jax.rewards.assignment import optimal
@@ -65,6 +67,7 @@ def main() -> None:
     bench, dtype = choose(args.case)
     if args.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
     metrics = bench(args, "-text" in args.case, dtype)
     metrics["peak_rss_mb"] = metrics.get("peak_rss_mb") or peak_rss_mb()
     print("BENCH_JSON " + json.dumps({"case": args.case, "metrics": metrics}), flush=True)
@@ -243,9 +246,8 @@ def preprocess(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
         Image.fromarray(noisy).save(buffer, "JPEG", quality=90)
         blobs.append(buffer.getvalue())
 
-    def run() -> None:
-        for blob in blobs:
-            images.patches([blob], settings, "benchmark")
+    def run() -> list[Any]:
+        return [images.patches([blob], settings, "benchmark") for blob in blobs]
 
     timing = measure(run, args.warmup, args.steps)
     return timing | {"e2e_images_per_s": len(blobs) / timing["wall_s"]}
@@ -363,7 +365,7 @@ def logps(graphdef: Any, params: Any, batch: Batch) -> np.ndarray:
     return np.asarray(compute(params, batch))
 
 
-def measure(run: Callable[[], None], warmup: int, steps: int) -> dict[str, float]:
+def measure(run: Callable[[], Any], warmup: int, steps: int) -> dict[str, float]:
     """Median wall and CPU seconds of `steps` runs after `warmup` ones."""
     for _ in range(max(1, warmup)):
         run()
