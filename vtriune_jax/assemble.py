@@ -67,7 +67,8 @@ class Parts:
     ) -> Float[jax.Array, "prompts units embed"]:
         """The features of the prompts' images, each device with its rows."""
         vision = sharding.shard_rows(stack_vision(prompts, self.slots), self.mesh)
-        return models.encode(self.graphdef, params, vision)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # for the tower's `on_rows`
+            return models.encode(self.graphdef, params, vision)
 
 
 @contextlib.contextmanager

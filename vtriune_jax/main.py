@@ -55,15 +55,9 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[tuple[str, str]]]
     flags.DEFINE_string("config", None, "", flag_values=options)
     flags.DEFINE_string("workdir", None, "", flag_values=options)
     flags.DEFINE_bool("help", False, "", flag_values=options, short_name="h")
-    overrides, others = [], ["main"]
-    words = iter(argv)
-    for word in words:
-        if found := re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", word, re.DOTALL):
-            overrides.append((found[1], _value(word, found[2], words)))
-        else:
-            others.append(word)
+    overrides, others = split_overrides(argv)
     try:
-        stray = options(others)[1:]
+        stray = options(["main", *others])[1:]
     except flags.Error as error:
         raise UserError(f"{error} (--help shows them all)") from error
     if stray:
@@ -76,6 +70,18 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[tuple[str, str]]]
         missing = "--workdir=runs/NAME" if options.config else "--config=configs/quickstart.py"
         raise UserError(f"{missing} is missing (--help shows all flags)")
     return options, overrides
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """The `--config.key=value` words as (key, text), and the others. Raises UserError."""
+    overrides, others = [], []
+    words = iter(argv)
+    for word in words:
+        if found := re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", word, re.DOTALL):
+            overrides.append((found[1], _value(word, found[2], words)))
+        else:
+            others.append(word)
+    return overrides, others
 
 
 def train(options: flags.FlagValues, overrides: Sequence[tuple[str, str]]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -61,7 +62,21 @@ def make_mesh(
         )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     kinds = (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    if slices > 1:
+        return Mesh(_over_slices(sizes, slices, devices), AXES, axis_types=kinds)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+
+
+def _over_slices(sizes: Sequence[int], slices: int, devices: Sequence[Any]) -> Any:
+    """Devices of several TPU slices, [data, fsdp, tensor]: only `data` crosses the slow network."""
+    data, fsdp, tensor = sizes
+    if data % slices:
+        raise UserError(
+            f"mesh.data={data} is not a multiple of the {slices} slices; choose {slices}"
+        )
+    inside = (data // slices, fsdp, tensor)
+    return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
 
 
 def row_shards(mesh: Mesh) -> int:

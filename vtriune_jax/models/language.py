@@ -24,6 +24,7 @@ from vtriune_jax.models.layers import (
     RMSNorm,
     SwiGLU,
     frequencies,
+    on_rows,
     remat,
     rotate,
     stack,
@@ -76,7 +77,7 @@ class Layer(nnx.Module):
     ) -> Float[Array, "*rows embed"]:
         """What follows the attention: output map, residuals, MLP."""
         x = x + self.attn.o(attended.reshape(x.shape))
-        return x + self.mlp(self.mlp_norm(x))
+        return on_rows(x + self.mlp(self.mlp_norm(x)))
 
 
 class Embedding(nnx.Module):

@@ -11,10 +11,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 ATTENDED = "attended"
 """The name under which `remat` knows the result of attention."""
+
+
+def on_rows(x: Float[Array, "rows *rest"]) -> Float[Array, "rows *rest"]:
+    """Keep what leaves a layer cut by rows, if there is a mesh (`jax.sharding.use_abstract_mesh`).
+
+    Left alone, the partitioner cuts the width as the parameters over fsdp are cut, inside the scans
+    over layers, and every device then works on all rows.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(("data", "fsdp")))
 
 
 def rotate(

@@ -24,6 +24,7 @@ from vtriune_jax.models.layers import (
     RMSNorm,
     SwiGLU,
     frequencies,
+    on_rows,
     remat,
     rotate,
     stack,
@@ -98,7 +99,7 @@ class VisionBlock(nnx.Module):
     ) -> Float[Array, "rows tokens embed"]:
         """One layer."""
         x = x + self.attn(self.norm1(x), angles, segments)
-        return x + self.mlp(self.norm2(x))
+        return on_rows(x + self.mlp(self.norm2(x)))
 
 
 class Merger(nnx.Module):
@@ -113,7 +114,7 @@ class Merger(nnx.Module):
     def __call__(self, x: Float[Array, "rows patches embed"]) -> Float[Array, "rows units out"]:
         """Merge neighbouring patches."""
         x = self.norm(x).reshape(x.shape[0], -1, self.width)
-        return self.out(jax.nn.gelu(self.hidden(x), approximate=False))
+        return on_rows(self.out(jax.nn.gelu(self.hidden(x), approximate=False)))
 
 
 class VisionTower(nnx.Module):

@@ -1,0 +1,71 @@
+"""The README's table of topologies: every Orsta config compiled for devices that are not here.
+
+    python benchmarks/topologies.py [FOLDER]      # needs the TPU compiler: pip install 'jax[tpu]'
+
+One `python -m vtriune_jax.compile` a row, some minutes each; their JSON files go into FOLDER
+(runs/topologies), and rows that are there already are not compiled again. Prints markdown.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAMS = (
+    ("orsta_3b", "v6e:2x4", ""),
+    ("orsta_7b", "v5p:2x2x4", ""),
+    ("orsta_7b", "v6e:4x4", "grpo.minibatches=8 batch.micro_batches=32"),
+    ("orsta_32b", "v5p:4x4x4", ""),
+    ("orsta_72b", "v5p:4x4x8", ""),
+)
+"""Config, topology, and keys that are set on the command line."""
+HEAD = """\
+| config | topology | devices | GiB per device | arguments | temporaries | limit | free \
+| tokens per update | sent per device, TB | bound, s | MFU, at most |
+|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"""
+GIB = 2**30
+
+
+def main(folder: Path) -> None:
+    """Compiles what is missing, then prints the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [line(numbers(*program, folder), program[2]) for program in PROGRAMS]
+    print("\n".join([HEAD, *rows]))
+
+
+def numbers(config: str, topology: str, keys: str, folder: Path) -> dict:
+    """What `vtriune_jax.compile` writes, now or earlier."""
+    name = "-".join([config, topology, *keys.split()])
+    file = folder / f"{name.replace(':', '-')}.json"
+    if not file.exists():
+        words = [f"--config=configs/{config}.py", f"--topology={topology}", f"--json={file}"]
+        words += [f"--config.{pair}" for pair in keys.split()]
+        command = [sys.executable, "-m", "vtriune_jax.compile", *words]
+        subprocess.run(command, stdout=sys.stderr, check=False)  # 1: it does not fit
+    return json.loads(file.read_text())
+
+
+def line(found: dict, keys: str) -> str:
+    """One row of the table."""
+    total, limit = found["bytes_per_device"], found["bytes_limit"]
+    memory = (found[key] / GIB for key in ("bytes_per_device", "argument_bytes", "temp_bytes"))
+    cells = [
+        f"`{found['config']}`" + (f" {keys}" if keys else ""),
+        found["topology"],
+        str(found["devices"]),
+        *(f"{size:.1f}" for size in memory),
+        f"{limit / GIB:.1f}",
+        f"{1 - total / limit:.0%}" if found["fits"] else "does not fit",
+        f"{found['tokens_per_step'] / 1e6:.1f} M",
+    ]
+    if found["fits"]:
+        cells += [
+            f"{found['collective_bytes_per_step'] / 1e12:.1f}",
+            f"{found['estimated_step_seconds']:.0f}",
+            f"{found['estimated_mfu']:.0%}",
+        ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/topologies"))

@@ -1,0 +1,19 @@
+"""V-Triune's recipe for Qwen2.5-VL-72B-Instruct, GRPO on Orsta-Data-47k, on-policy.
+
+command   python -m vtriune_jax.main --config=configs/orsta_72b.py --workdir=runs/orsta_72b
+checked   python -m vtriune_jax.compile --config=configs/orsta_72b.py --topology=v5p:4x4x8
+hardware  meant for 128 TPU v5p (4x4x8); not compiled for them yet, run the line above first
+expect    not yet measured; the paper has no model of this size
+"""
+
+from typing import Any
+
+from configs import orsta_7b
+
+
+def get_config() -> Any:
+    """As `orsta_7b`, with another checkpoint and other pieces."""
+    config = orsta_7b.get_config()
+    config.model.path = "checkpoints/Qwen2.5-VL-72B-Instruct"
+    config.batch.micro_batches = 32  # on 128 devices: 2 rows each at once
+    return config

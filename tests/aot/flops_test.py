@@ -1,0 +1,56 @@
+"""The formula of the model's FLOPs, against the matrix products in the program."""
+
+import pytest
+
+from vtriune_jax import config as configs
+from vtriune_jax import sharding
+from vtriune_jax.aot import flops
+from vtriune_jax.aot.program import build
+from vtriune_jax.errors import UserError
+
+BASE = str(configs.REPOSITORY / "configs" / "orsta_7b.py")
+
+
+def program(*more):
+    overrides = [("batch.micro_batches", "1"), *(word.split("=", 1) for word in more)]
+    return build(configs.load(BASE, overrides), sharding.make_mesh())
+
+
+def test_a_step_without_remat_does_what_the_formula_says_and_the_masked_half_of_attention():
+    found = program("model.remat=none", "grpo.prompts=4", "batch.completion_tokens=512")
+    model, executed = flops.model_flops(found), flops.executed_flops(found)
+    assert flops.tokens(found) == 4 * 8 * 2560
+    assert 1.0 < executed / model < 1.06
+
+
+def test_remat_repeats_the_forward_pass_of_the_layers():
+    none, full = (flops.executed_flops(program(f"model.remat={word}")) for word in ("none", "full"))
+    assert 1.2 < full / none < 4 / 3
+
+
+def test_frozen_matrices_cost_no_gradient_of_their_own():
+    whole, adapters = program("model.remat=none"), program("model.remat=none", "model.lora.rank=8")
+    assert flops.model_flops(adapters) / flops.model_flops(whole) == pytest.approx(2 / 3, rel=0.05)
+    ratio = flops.executed_flops(adapters) / flops.model_flops(adapters)
+    assert 1.0 < ratio < 1.1
+
+
+def test_a_trained_tower_is_counted():
+    short = ("model.remat=none", "grpo.freeze=()", "grpo.prompts=8", "model.path=Qwen2.5-VL-3B")
+    found = program(*short)
+    assert found.batch.vision is not None
+    assert found.batch.features is None
+    frozen = program("model.remat=none", "grpo.prompts=8", "model.path=Qwen2.5-VL-3B")
+    extra = [cost(found) - cost(frozen) for cost in (flops.model_flops, flops.executed_flops)]
+    assert extra[0] > 0
+    assert extra[1] / extra[0] == pytest.approx(1, abs=0.15)
+
+
+def test_every_piece_of_a_step_is_in_the_cost():
+    pieces = program("batch.micro_batches=8", "sft.prompts=64")
+    assert flops.executed_flops(pieces) == pytest.approx(flops.executed_flops(program()))
+
+
+def test_a_model_of_unknown_size_is_refused():
+    with pytest.raises(UserError, match=r"no folder.*Qwen2\.5-VL"):
+        program("model.path=checkpoints/mine")

@@ -1,0 +1,211 @@
+"""Compile a program and say what it would take: memory, traffic, a bound on its time."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from vtriune_jax import sharding
+from vtriune_jax.aot import flops, hlo
+from vtriune_jax.aot.program import Program
+from vtriune_jax.aot.topology import SLICE_LINK, Topology
+
+GIB = 2**30
+LARGEST = 8
+"""So many of the largest buffers are named."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The fields are the keys of the JSON file.
+
+    Where the program does not fit, the compiler gives no program: traffic and times are None.
+    """
+
+    config: str
+    topology: str
+    num_slices: int
+    devices: int
+    mesh: dict[str, int]
+    fits: bool
+    bytes_per_device: int
+    """Arguments, temporaries, and results that do not lie in the arguments' place."""
+    bytes_limit: int
+    argument_bytes: int
+    temp_bytes: int
+    tokens_per_step: int
+    """Token slots of one update, padding included."""
+    model_flops_per_step: float
+    """`flops.model_flops`, all devices together."""
+    executed_flops_per_step: float
+    """`flops.executed_flops`: with what remat repeats and attention masks."""
+    compile_seconds: float
+    memory_bytes_per_step: float | None = None
+    """Read and written by one device."""
+    collective_bytes_per_step: float | None = None
+    """Sent by one device to others, loops counted as often as they turn."""
+    collectives: dict[str, float] = field(default_factory=dict)
+    """The same by kind."""
+    arithmetic_intensity: float | None = None
+    """Executed FLOPs per byte of memory traffic."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What each of compute, memory, links and slice_links takes alone, at its peak."""
+    estimated_step_seconds: float | None = None
+    """The largest of `seconds`: a lower bound, as if the rest hid behind it."""
+    estimated_mfu: float | None = None
+    """model FLOPs / (estimated seconds · devices · peak): an upper bound."""
+    largest_buffers: list[dict[str, Any]] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+    """What to change, if it does not fit."""
+
+
+def estimate(name: str, config: Any, program: Program, topology: Topology, mesh: Mesh) -> Estimate:
+    """Compiles the program for the devices of the topology."""
+    start = time.monotonic()
+    lowered = program.update.lower(program.state, program.batch)
+    compiled, text, trouble = None, "", ""
+    try:
+        compiled = lowered.compile()
+        text = compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        trouble = str(error)
+    numbers: dict[str, Any] = {
+        "config": name,
+        "topology": topology.name,
+        "num_slices": topology.slices,
+        "devices": len(topology.devices),
+        "mesh": dict(mesh.shape),
+        "bytes_limit": topology.memory,
+        "compile_seconds": time.monotonic() - start,
+        "tokens_per_step": flops.tokens(program),
+        "model_flops_per_step": flops.model_flops(program),
+        "executed_flops_per_step": flops.executed_flops(program),
+    }
+    memory: dict[str, Any]
+    if compiled is None:
+        arguments = argument_bytes(program, mesh)
+        total = max(needed_bytes(trouble, arguments), topology.memory + 1)
+        memory = {
+            "argument_bytes": arguments,
+            "temp_bytes": total - arguments,
+            "bytes_per_device": total,
+            "largest_buffers": _largest_arrays(program, len(topology.devices)),
+        }
+    else:
+        module = hlo.Module(text)
+        memory = _memory(compiled.memory_analysis())
+        memory["largest_buffers"] = [
+            {"bytes": size, "shape": shape, "origin": origin}
+            for size, shape, origin in module.largest(LARGEST)
+        ]
+        numbers |= roofline(module.traffic(), memory["argument_bytes"], numbers, topology)
+    fits = memory["bytes_per_device"] <= topology.memory
+    hints = [] if fits else advice(config, program, mesh, memory, topology.memory)
+    return Estimate(fits=fits, advice=hints, **numbers, **memory)
+
+
+def roofline(
+    traffic: hlo.Traffic, arguments: int, numbers: dict[str, Any], topology: Topology
+) -> dict[str, Any]:
+    """Seconds of each resource at its peak, and what follows from the slowest."""
+    chip, devices = topology.chip, numbers["devices"]
+    moved = traffic.memory + arguments
+    between = traffic.collectives.get(hlo.BETWEEN_SLICES, 0.0)
+    sent = sum(traffic.collectives.values())
+    executed = numbers["executed_flops_per_step"] / devices
+    seconds = {
+        "compute": executed / chip.flops,
+        "memory": moved / chip.memory_rate,
+        "links": (sent - between) / chip.link_rate,
+        "slice_links": between / SLICE_LINK,
+    }
+    slowest = max(seconds.values())
+    return {
+        "memory_bytes_per_step": moved,
+        "collective_bytes_per_step": sent,
+        "collectives": traffic.collectives,
+        "arithmetic_intensity": executed / moved,
+        "seconds": seconds,
+        "estimated_step_seconds": slowest,
+        "estimated_mfu": numbers["model_flops_per_step"] / (slowest * devices * chip.flops),
+    }
+
+
+def argument_bytes(program: Program, mesh: Mesh) -> int:
+    """Bytes on one device of the state and the batch."""
+    state = zip(
+        jax.tree.leaves(program.state),
+        jax.tree.leaves(sharding.shardings(program.state, mesh)),
+        strict=True,
+    )
+    total = sum(prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x, place in state)
+    batch = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.batch))
+    return total + batch // sharding.row_shards(mesh)
+
+
+def needed_bytes(trouble: str, arguments: int) -> int:
+    """The bytes per device that the compiler's complaint tells of; 0 if it tells none.
+
+    It knows two forms: of temporaries alone, and of the whole program.
+    """
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    for pattern, more in (
+        (r"HLO temporaries \(([\d.]+)([KMGT])\)", arguments),
+        (r"Used ([\d.]+)([KMGT]) of", 0),
+    ):
+        if found := re.search(pattern, trouble):
+            return int(float(found[1]) * units[found[2]]) + more
+    return 0
+
+
+def advice(
+    config: Any, program: Program, mesh: Mesh, memory: dict[str, Any], limit: int
+) -> list[str]:
+    """What to change so that the program fits, the nearest means first."""
+    rows, shards = program.batch.ids.shape[0], sharding.row_shards(mesh)
+    pieces, found = config.batch.micro_batches, []
+    if memory["argument_bytes"] > 0.9 * limit:
+        found.append(
+            f"state and batch alone take {memory['argument_bytes'] / GIB:.1f} GiB of "
+            f"{limit / GIB:.1f}: take more devices or fewer rows per update; batch.windows sets "
+            "the size of the image features"
+        )
+        if mesh.shape["data"] > 1:
+            found.append("copies of the parameters: set mesh.data=1, mesh.fsdp=-1")
+    if program.model.remat != "full":
+        found.append('keep less for the backward pass: model.remat="full"')
+    if program.model.dtype == "float32":
+        found.append('halve the activations: model.dtype="bfloat16"')
+    if rows // shards > pieces:
+        more = next(n for n in range(pieces + 1, rows + 1) if rows % (n * shards) == 0)
+        most = rows // shards
+        found.append(f"smaller pieces: batch.micro_batches={more} … {most} (now {pieces})")
+    found.append("cut parameters and optimizer into more parts: a larger topology (mesh.fsdp=-1)")
+    return found
+
+
+def _memory(analysis: Any) -> dict[str, Any]:
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    code = analysis.generated_code_size_in_bytes
+    return {
+        "argument_bytes": arguments,
+        "temp_bytes": temporary,
+        "bytes_per_device": arguments + temporary + results + code,
+    }
+
+
+def _largest_arrays(program: Program, devices: int) -> list[dict[str, Any]]:
+    """The largest arrays before they are cut and fused, as bytes per device if cut evenly."""
+    return [
+        {"bytes": size / devices, "shape": shape, "origin": origin}
+        for size, shape, origin in flops.largest_arrays(program, LARGEST)
+    ]

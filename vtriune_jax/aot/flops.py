@@ -1,0 +1,123 @@
+"""Floating-point operations of one update: what the model needs, and what the program does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from vtriune_jax.aot.program import Program
+from vtriune_jax.models import weights
+from vtriune_jax.types import Vision
+
+TOWER = "visual/"
+
+
+def tokens(program: Program) -> int:
+    """Token slots of the batch, padding included: what the devices work on."""
+    rows, length = program.batch.ids.shape
+    return rows * length
+
+
+def model_flops(program: Program) -> float:
+    """FLOPs that one update of this batch needs, on all devices together.
+
+        forward    2 · (matrices of the layers · tokens + head · completion tokens)
+                   + 2 · layers · rows · tokens² · embed      (causal attention: half the square)
+        backward   the same for the gradient of the inputs, the same for that of the matrices that
+                   are trained, and twice the attention
+
+    and the vision tower likewise, over patches, if it is trained; a frozen one has run before. An
+    embedding is a lookup; norms, softmax and the optimizer are not counted, nor is what the
+    backward pass computes again. Slots count as full: how much of them is padding only data tell.
+    """
+    batch, text = program.batch, program.model.text
+    rows, length = batch.ids.shape
+    head = 2 * text.embed * text.vocab * rows * batch.mask.shape[1]
+    forward, trained = float(head), float(_head_trained(program) * head)
+    for path, shape in _matrices(program).items():
+        if path.startswith("language/layers/"):
+            cost = 2 * prod(shape) * rows * length
+            forward += cost
+            trained += cost * (path in program.trained)
+    attention = 2 * text.layers * rows * length**2 * text.embed
+    language = 2 * forward + trained + 3 * attention
+    return language + (_tower_flops(program, batch.vision) if batch.vision else 0.0)
+
+
+def executed_flops(program: Program) -> float:
+    """FLOPs of all matrix products that the update contains, those that are repeated included."""
+    traced = program.update.trace(program.state, program.batch)
+    return _products(traced.jaxpr.jaxpr)
+
+
+def largest_arrays(program: Program, count: int) -> list[tuple[float, str, str]]:
+    """The largest values inside the update, not yet cut or fused: (bytes, shape, made by)."""
+    found: dict[str, tuple[float, str, str]] = {}
+    todo = [program.update.trace(program.state, program.batch).jaxpr.jaxpr]
+    while todo:
+        jaxpr = todo.pop()
+        for eqn in jaxpr.eqns:
+            todo += [sub for value in eqn.params.values() for sub in _jaxprs(value)]
+            for variable in eqn.outvars:
+                aval: Any = variable.aval
+                size = float(prod(aval.shape) * aval.dtype.itemsize)
+                found.setdefault(aval.str_short(), (size, aval.str_short(), eqn.primitive.name))
+    return sorted(found.values(), reverse=True)[:count]
+
+
+def _head_trained(program: Program) -> bool:
+    kernel = "embed/embedding" if program.model.tied else "head/kernel"
+    return f"language/{kernel}" in program.trained
+
+
+def _matrices(program: Program) -> dict[str, tuple[int, ...]]:
+    flat = weights.flatten(program.state.params)
+    return {
+        path: leaf.shape for path, leaf in flat.items() if path.endswith(("kernel", "/a", "/b"))
+    }
+
+
+def _tower_flops(program: Program, images: Vision) -> float:
+    vision = program.model.vision
+    rows, windows, slots = images.segments.shape
+    patches = rows * windows * slots
+    forward = trained = 0.0
+    for path, shape in _matrices(program).items():
+        if path.startswith(TOWER):
+            places = patches / vision.unit_patches if "/merger/" in path else patches
+            forward += 2 * prod(shape) * places
+            trained += 2 * prod(shape) * places * (path in program.trained)
+    full = len(vision.full_attention)
+    seen = full * windows * slots + (vision.depth - full) * slots
+    return 2 * forward + trained + 3 * 4 * patches * seen * vision.embed
+
+
+def _products(jaxpr: Jaxpr) -> float:
+    """FLOPs of the matrix products of a jaxpr; the bodies of scans as often as they run."""
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracting, _), _ = eqn.params["dimension_numbers"]
+            (left, _), (out,) = _shapes(eqn.invars), _shapes(eqn.outvars)
+            total += 2.0 * prod(out) * prod(left[axis] for axis in contracting)
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        inner = [_products(sub) for value in eqn.params.values() for sub in _jaxprs(value)]
+        total += times * (max(inner, default=0.0) if eqn.primitive.name == "cond" else sum(inner))
+    return total
+
+
+def _shapes(variables: Sequence[Any]) -> list[tuple[int, ...]]:
+    return [variable.aval.shape for variable in variables]
+
+
+def _jaxprs(value: Any) -> list[Jaxpr]:
+    if isinstance(value, ClosedJaxpr):
+        return [value.jaxpr]
+    if isinstance(value, Jaxpr):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [sub for each in value for sub in _jaxprs(each)]
+    return []

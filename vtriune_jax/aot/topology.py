@@ -1,0 +1,123 @@
+"""Devices to compile for, present or not, and what one of them can do.
+
+Peaks are those of the makers' data sheets: Google's pages "TPU v5e", "TPU v5p", "TPU v6e" and
+"TPU7x" (cloud.google.com/tpu/docs; a TPU7x chip is two devices) and NVIDIA's data sheets of A100,
+H100 and H200 (SXM, dense bfloat16). Limits of TPU memory are what the compiler allows itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from vtriune_jax.errors import UserError
+
+GB, GIB = 1e9, 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device: FLOP/s in bfloat16, bytes/s of memory and links (one direction), bytes."""
+
+    flops: float
+    memory_rate: float
+    link_rate: float
+    memory: int | None = None
+    """None: the device is here, and is asked."""
+
+
+TPUS = {
+    # name: Chip(bfloat16 peak, HBM, all inter-chip links together in one direction, usable HBM)
+    "v5e": Chip(197e12, 819 * GB, 200 * GB, int(15.75 * GIB)),
+    "v5p": Chip(459e12, 2765 * GB, 600 * GB, int(95.74 * GIB)),
+    "v6e": Chip(918e12, 1638 * GB, 400 * GB, int(31.25 * GIB)),
+    "tpu7x": Chip(1153e12, 3690 * GB, 300 * GB, int(94.75 * GIB)),
+}
+GPUS = {
+    # part of the device's name: Chip(bfloat16 peak, HBM, NVLink in one direction)
+    "A100": Chip(312e12, 2039 * GB, 300 * GB),
+    "H100": Chip(989e12, 3350 * GB, 450 * GB),
+    "H200": Chip(989e12, 4800 * GB, 450 * GB),
+}
+CPU = Chip(1e11, 20 * GB, 10 * GB)
+"""A round number per pretended device, so that the arithmetic has something to work on."""
+SLICE_LINK = 25 * GB
+"""Bytes/s of a device between slices: data-centre network, 4 devices to a 100 GB/s host."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The devices of one name, all alike."""
+
+    name: str
+    devices: Sequence[Any]
+    chip: Chip
+    memory: int
+    """Bytes that a program may use on one device."""
+    slices: int = 1
+
+
+def prepare(name: str) -> None:
+    """Set JAX and its environment up for a topology; only before JAX first looks for devices."""
+    # A program for absent devices cannot be read back from a cache; and compile seconds are told.
+    jax.config.update("jax_enable_compilation_cache", False)
+    if name != "local":
+        jax.config.update("jax_platforms", "cpu")
+    if found := re.fullmatch(r"cpu:(\d+)", name):
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={found[1]}"
+    elif name != "local":
+        # The compiler needs no TPU: it must not look for one, nor for metadata of a machine.
+        os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # asked for, not used
+        os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # its lock guards devices, not compilers
+
+
+def get(name: str, slices: int = 1) -> Topology:
+    """The devices of "v5p:2x2x4", "cpu:8" or "local"; UserError where there are none such."""
+    kind, _, shape = name.partition(":")
+    if slices > 1 and kind not in TPUS:
+        raise UserError(f"--num_slices={slices} is for TPUs; {name} has no slices")
+    if kind in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        return Topology(name, _tpus(name, slices), TPUS[kind], TPUS[kind].memory or 0, slices)
+    if re.fullmatch(r"cpu:[1-9]\d*|local", name):
+        return _here(name)
+    raise UserError(
+        f"--topology={name} is not known; choose {', '.join(TPUS)} with a shape (v5p:2x2x4, "
+        "v5e:4x4), cpu:8 or local"
+    )
+
+
+def _tpus(name: str, slices: int) -> Sequence[Any]:
+    more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    try:
+        found = topologies.get_topology_desc(topology_name=name, platform="tpu", **more).devices
+    except jax.errors.JaxRuntimeError as error:
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"--topology={name}: the TPU compiler says {text[:200]!r}; it comes by "
+            "`pip install 'jax[tpu]'` (or libtpu alone), and takes the shapes that can be rented"
+        ) from error
+    return found
+
+
+def _here(name: str) -> Topology:
+    devices = jax.devices()
+    first = devices[0]
+    if first.platform == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
+        return Topology(name, devices, CPU, memory)
+    chips = GPUS | {"v5 lite": TPUS["v5e"], "v6 lite": TPUS["v6e"], "v5": TPUS["v5p"]}
+    known = [chip for part, chip in chips.items() if part in first.device_kind]
+    if not known:
+        raise UserError(
+            f"nothing is known of a {first.device_kind}; add a line to vtriune_jax/aot/topology.py"
+        )
+    return Topology(name, devices, known[0], first.memory_stats()["bytes_limit"])
