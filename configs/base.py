@@ -124,15 +124,43 @@ def get_config() -> Any:
         steps=138,  # rollout batches (V-Triune: 3 epochs of 46)
         prompts=1024,  # prompts per step
         samples=8,  # completions per prompt: the group in which advantages are normalised
-        minibatches=1,  # updates per step; 1 is on-policy (V-Triune off-policy: 8, at lr 5e-7)
+        epochs=1,  # times that the completions of a step are gone through …
+        minibatches=1,  # … in so many updates each (V-Triune off-policy: 8, at lr 5e-7)
         lr=1e-6,
         warmup_steps=7,
         weight_decay=0.01,
         betas=(0.9, 0.999),
         grad_clip=1.0,
         freeze=("^visual/",),  # the vision tower and its merger: training them is unstable
+        # What a completion's reward is compared with, and scaled by: "grpo" mean and spread of its
+        # group, "dr_grpo" the mean only, "rloo" the mean of the others, "reinforce++" mean and
+        # spread of the batch, "reinforce++_baseline" mean of the group, spread of the batch.
+        advantage="grpo",
+        # "grpo" clips the ratio of each token, "gspo" that of the completion (wants clips of about
+        # 3e-4), "cispo" only the weight of a token's gradient (clip_low=1.0 leaves it open below).
+        loss="grpo",
+        # What weighs the same: each "token", each completion ("sequence"), or as in Dr.GRPO ("dr")
+        # each token, but divided by the completion slots instead of the tokens in them.
+        normalise="token",
         clip_low=0.2,  # the probability ratio is clipped below 1 - clip_low …
         clip_high=0.28,  # … and above 1 + clip_high
+        dual_clip=0.0,  # largest ratio that counts at negative advantages, as 3.0; 0.0 is off
+        # The ratio, where a step has several updates, is to log-probs that are "recomputed" before
+        # the first one, or to those of the "rollout", which saves a pass.
+        old="recomputed",
+        # Truncated importance sampling: each token weighs trainer's / sampler's probability, at
+        # most this; 2.0 is usual where the sampler is another program. 0.0 is off.
+        tis_cap=0.0,
+        # Penalty on the distance from the model that the stage starts with (with LoRA: from the
+        # base), by the estimator "k1", "k2", "k3" or "mse", another name of k2. 0.0 is off.
+        kl_weight=0.0,
+        kl="k3",
+        entropy_weight=0.0,  # of the entropy, as a bonus
+        # The last so many tokens of the completion slot cost reward, up to 1; 0 is off.
+        overlong_cushion=0,
+        # Dynamic sampling: groups of equal rewards are dropped, and up to so many more rounds of
+        # prompts drawn to replace them; 0 keeps them.
+        refill=0,
         temperature=1.0,  # of sampling
         top_p=1.0,  # sample from the fewest tokens that have this probability; 1.0 is off
         top_k=0,  # sample from this many best tokens; 0 is off

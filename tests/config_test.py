@@ -96,7 +96,7 @@ def test_all_mistakes_of_file_and_command_line_come_in_one_line(tmp_path):
     ("key", "expected"),
     [
         ("lr", "did you mean grpo.lr or sft.lr?"),
-        ("grpo.learning_rate", "the group has grpo.betas, grpo.clip_high"),
+        ("grpo.learning_rate", "the group has grpo.advantage, grpo.betas"),
         ("grop.xyz", "did you mean grpo."),
         ("sft", "sft is a group of keys: set sft.betas"),
         ("grpo.lr.decay", "did you mean grpo.lr?"),
@@ -114,7 +114,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(key, expected):
     [
         ("grpo.lr", "-1", "above 0"),
         ("grpo.lr", "inf", "above 0"),
-        ("grpo.clip_low", "1.5", "between 0 and 1"),
+        ("grpo.clip_low", "1.5", "above 0 and at most 1"),
         ("grpo.samples", "1", "at least 2"),
         ("grpo.betas", "0.9", "two numbers in [0, 1)"),
         ("grpo.freeze", "('(',)", "regular expressions"),
@@ -128,6 +128,14 @@ def test_an_unknown_key_is_answered_with_the_nearest(key, expected):
         ("log.seconds", "-1", "0 or more"),
         ("data.min_pixels", "9999999", "must not exceed data.max_pixels=4194304"),
         ("grpo.minibatches", "7", "choose 8190 or 8197"),
+        ("grpo.loss", "ppo", 'one of "grpo", "gspo", "cispo"'),
+        ("grpo.advantage", "gae", '"reinforce++_baseline"'),
+        ("grpo.normalise", "batch", 'one of "token", "sequence", "dr"'),
+        ("grpo.kl", "k4", 'one of "k1", "k2", "k3", "mse"'),
+        ("grpo.dual_clip", "0.5", "0 (off) or above 1"),
+        ("grpo.tis_cap", "-1", "0 (off) or more"),
+        ("grpo.epochs", "0", "above 0"),
+        ("grpo.overlong_cushion", "4096", "must not exceed batch.completion_tokens=2048"),
         ("grpo.minibatches", "2048", "a group stays in one minibatch"),
         ("model.tiny.mrope_section", "(4, 4, 4)", "must sum to half a head"),
         ("model.tiny.window_size", "50", "a multiple of 28"),
@@ -149,6 +157,20 @@ def test_addresses_that_would_do_nothing_are_a_mistake():
     config = base.get_config()
     config.verifiers.update(mode="in_process", addresses=("http://host:1",))
     assert 'needs verifiers.mode="server"' in fails(configs.check, config)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"dual_clip": 3.0, "loss": "cispo"}, "grpo.dual_clip=3.0 does nothing with grpo.loss="),
+        ({"tis_cap": 2.0, "old": "rollout", "epochs": 2}, 'needs grpo.old="recomputed"'),
+        ({"epochs": 2, "top_p": 0.9}, "needs grpo.top_p=0.9 = 1"),
+    ],
+)
+def test_parts_of_the_family_that_contradict_each_other(keys, expected):
+    config = base.get_config()
+    config.grpo.update(keys)
+    assert expected in fails(configs.check, config)
 
 
 def test_check_judges_a_config_made_in_python():

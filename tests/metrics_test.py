@@ -6,6 +6,7 @@ import pytest
 
 from vtriune_jax.metrics import (
     REFLECTION_WORDS,
+    Refill,
     SourceMean,
     finish,
     is_correct,
@@ -146,6 +147,20 @@ def test_update_sums_are_divided_once_per_source_and_over_all():
 def test_skipped_rows_are_counted_per_source_and_in_all():
     metrics = finish({}, [], [], ["a", "b/c"], {}, ["b/c", "a", "b/c"])
     assert metrics == {"skipped_rows": 3, "skipped_rows/a": 1, "skipped_rows/b_c": 2}
+
+
+def test_the_largest_of_all_sources_is_no_sum():
+    sums = {"rollout_ratio_max": (jnp.array([1.5, 0.0, 4.0]), jnp.array([1.0, 0.0, 1.0]))}
+    assert finish(sums, [], [], ["a", "b", "c"], {}) == {
+        "rollout_ratio_max": 4.0, "rollout_ratio_max/a": 1.5, "rollout_ratio_max/c": 4.0,
+    }  # fmt: skip
+
+
+def test_dropped_groups_are_counted_per_source_and_in_all():
+    assert finish({}, [], [], [], {}, refill=Refill(2, ["a", "b/c", "a"], 1)) == {
+        "dropped_groups": 3, "dropped_groups/a": 2, "dropped_groups/b_c": 1,
+        "refill_rounds": 2, "missing_groups": 1,
+    }  # fmt: skip
 
 
 def test_a_wrong_number_of_sources_or_verdicts_is_an_error():

@@ -44,9 +44,12 @@ def test_each_stage_has_its_own_keys(config):
     assert (optim.b1, optim.b2, optim.clip_norm) == (0.8, 0.7, 9.0)
 
 
-def test_the_log_probs_of_the_sampler_are_needed_after_the_first_update_only(config):
+@pytest.mark.parametrize("key", ["minibatches", "epochs"])
+def test_old_log_probs_are_needed_after_the_first_update_only(config, key):
     assert plan(config, BANNED)[1].loss.old == "current"
-    config.grpo.minibatches = 2
+    config.grpo[key] = 2
+    assert plan(config, BANNED)[1].loss.old == "recomputed"
+    config.grpo.old = "rollout"
     assert plan(config, BANNED)[1].loss.old == "rollout"
 
 
@@ -54,3 +57,14 @@ def test_one_temperature_for_sampling_and_loss(config):
     config.grpo.temperature = 0.7
     grpo = plan(config, BANNED)[1]
     assert grpo.loss.temperature == grpo.sampling.temperature == 0.7
+
+
+def test_minibatches_are_shuffled_by_the_seed_and_each_comes_once_an_epoch(config):
+    config.grpo.minibatches, config.grpo.epochs = 8, 2
+    grpo = plan(config, BANNED)[1]
+    orders = [grpo.order(seed, step) for seed in (0, 1) for step in (0, 1)]
+    for order in orders:
+        assert sorted(order[:8]) == sorted(order[8:]) == list(range(8))
+    assert len({tuple(order) for order in orders}) == 4
+    assert orders[0] == grpo.order(0, 0)
+    assert orders[0][:8] != orders[0][8:]

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 
 from configs import base
 from vtriune_jax.stages import plan
-from vtriune_jax.steps import advantages, respond, verify
+from vtriune_jax.steps import advantages, respond, shaped, verify
 from vtriune_jax.types import Completion, Group, Prompt, RewardConfig, Sample, Verdict
 
 SFT, GRPO = plan(base.get_config(), ())
@@ -47,7 +48,7 @@ def test_a_demonstration_is_the_response_of_a_supervised_stage(parts):
     assert len(completion.ids) == len(completion.logps) == 4
     assert completion.finish == "stop"
     assert verify(SFT, 0, groups, parts) == []
-    values, weights = advantages(groups, [])
+    values, weights = advantages(SFT, groups, [], np.ones(2, bool))
     assert values.tolist() == weights.tolist() == [[1], [1]]
 
 
@@ -66,8 +67,34 @@ def test_progress_counts_steps_from_one_to_the_last(parts):
 
 def test_a_failed_verification_is_masked():
     ok, failed = (lambda score: Verdict("ok", score)), Verdict("error", reason="no server")
-    values, weights = advantages([], [[ok(1.0), ok(0.0), failed], [failed] * 3])
+    judged = [[ok(1.0), ok(0.0), failed], [failed] * 3]
+    values, weights = advantages(GRPO, [], judged, np.ones(2, bool))
     assert weights.tolist() == [[1, 1, 0], [0, 0, 0]]
     assert values[0, 0] == -values[0, 1] > 0
     assert values[0, 2] == 0
     assert not values[1].any()
+
+
+def test_a_group_that_only_fills_the_batch_is_masked():
+    judged = [[Verdict("ok", score) for score in (0.0, 1.0)]] * 2
+    values, weights = advantages(GRPO, [], judged, np.array([True, False]))
+    assert weights.tolist() == [[1, 1], [0, 0]]
+    assert values[0].any()
+    assert not values[1].any()
+
+
+def test_long_completions_cost_reward_where_that_is_on():
+    most = GRPO.sampling.max_tokens
+    group = Group(
+        make_prompt(),
+        tuple(
+            Completion(np.zeros(length), np.zeros(length), "", "stop")
+            for length in (most - 100, most - 50, most, most)
+        ),
+    )
+    judged = [Verdict("ok", 1.0, {"accuracy": 1.0})] * 3 + [Verdict("error")]
+    assert shaped(GRPO, [group], [judged]) == [judged]
+    [found] = shaped(replace(GRPO, overlong_cushion=100), [group], [judged])
+    assert [verdict.score for verdict in found] == [1.0, 0.5, 0.0, 0.0]
+    assert found[1].parts == {"accuracy": 1.0, "overlong": -0.5}
+    assert found[3] == judged[3]

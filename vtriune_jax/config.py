@@ -106,8 +106,19 @@ RULES: tuple[tuple[str, Test, str], ...] = (
     (r"(sft|grpo)\.betas", betas, "two numbers in [0, 1)"),
     (r"(sft|grpo)\.freeze", regexes, 'regular expressions, as in ("^visual/",)'),
     (r"grpo\.samples", lambda n: n >= 2, "at least 2: advantages compare completions"),
-    (r"grpo\.(minibatches|clip_high|temperature)", positive, "above 0"),
-    (r"grpo\.clip_low", lambda low: 0 < low < 1, "between 0 and 1"),
+    (r"grpo\.(epochs|minibatches|clip_high|temperature)", positive, "above 0"),
+    (r"grpo\.clip_low", lambda low: 0 < low <= 1, "above 0 and at most 1"),
+    (r"grpo\.dual_clip", lambda c: c == 0 or 1 < c < math.inf, "0 (off) or above 1, as in 3.0"),
+    (r"grpo\.(tis_cap|refill|overlong_cushion)", not_negative, "0 (off) or more"),
+    (r"grpo\.(kl_weight|entropy_weight)", not_negative, "0 (off) or more"),
+    (r"grpo\.loss", *one_of("grpo", "gspo", "cispo")),
+    (r"grpo\.normalise", *one_of("token", "sequence", "dr")),
+    (r"grpo\.old", *one_of("recomputed", "rollout")),
+    (r"grpo\.kl", *one_of("k1", "k2", "k3", "mse")),
+    (
+        r"grpo\.advantage",
+        *one_of("grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline"),
+    ),
     (r"grpo\.top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
     (r"grpo\.top_k", not_negative, "0 (off) or more"),
     (r"mesh\.\w+", lambda size: size == -1 or size > 0, "above 0, or -1 for the rest"),
@@ -143,9 +154,29 @@ RELATIONS: tuple[tuple[Test, str, tuple[str, ...]], ...] = (
         ("grpo.prompts", "grpo.minibatches"),
     ),
     (
-        lambda minibatches, top_p, top_k: minibatches == 1 or (top_p == 1 and top_k == 0),
-        "{0} above 1 needs {1} = 1 and {2} = 0: the ratio is to the whole sampling distribution",
-        ("grpo.minibatches", "grpo.top_p", "grpo.top_k"),
+        lambda minibatches, epochs, top_p, top_k: (
+            minibatches * epochs == 1 or (top_p == 1 and top_k == 0)
+        ),
+        "{0} × {1} above 1 needs {2} = 1 and {3} = 0: the ratio is to the whole sampling "
+        "distribution",
+        ("grpo.minibatches", "grpo.epochs", "grpo.top_p", "grpo.top_k"),
+    ),
+    (
+        lambda cap, old, minibatches, epochs: (
+            not cap or old == "recomputed" or minibatches * epochs == 1
+        ),
+        '{0} needs grpo.old="recomputed", not {1}, whose ratio is to the sampler already',
+        ("grpo.tis_cap", "grpo.old", "grpo.minibatches", "grpo.epochs"),
+    ),
+    (
+        lambda dual_clip, loss: not dual_clip or loss != "cispo",
+        "{0} does nothing with {1}, whose weight is clipped for every advantage; set it to 0",
+        ("grpo.dual_clip", "grpo.loss"),
+    ),
+    (
+        lambda cushion, slot: cushion <= slot,
+        "{0} must not exceed {1}",
+        ("grpo.overlong_cushion", "batch.completion_tokens"),
     ),
     (
         lambda section, hidden, heads: 2 * sum(section) * heads == hidden,

@@ -16,12 +16,18 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from vtriune_jax.rl.normalise import MAXIMA
 from vtriune_jax.types import Completion, Group, Verdict
 
 Sums = Mapping[str, tuple[ArrayLike, ArrayLike]]
 """What the update returns: name → (sum, count), both of shape [] or both [sources]."""
 
-COUNTED = frozenset({"skipped_rows", "skipped_steps", "verifier_timeout", "verifier_error"})
+COUNTED = frozenset(
+    {
+        *("skipped_rows", "skipped_steps", "verifier_timeout", "verifier_error"),
+        *("refill_rounds", "dropped_groups", "missing_groups"),
+    }
+)
 """Metrics reported as a number of events; all others are sum / count."""
 
 CORRECT = 0.5
@@ -52,6 +58,18 @@ _REFLECTION = re.compile(rf"\b(?:{'|'.join(map(re.escape, REFLECTION_WORDS))})\b
 
 
 @dataclass(frozen=True)
+class Refill:
+    """What dynamic sampling did in a step."""
+
+    rounds: int
+    """Of further prompts."""
+    dropped: Sequence[str]
+    """The data source of each group whose scores were all equal."""
+    missing: int
+    """Groups that the batch lacks nevertheless."""
+
+
+@dataclass(frozen=True)
 class SourceMean:
     """The mean reward of one data source in an evaluation."""
 
@@ -70,22 +88,26 @@ def finish(
     sources: Sequence[str],
     seconds: Mapping[str, float],
     skipped: Sequence[str] = (),
+    refill: Refill | None = None,
 ) -> dict[str, float]:
     """One step's metrics as plain floats.
 
     Args:
-      sums: from the update; an array [sources] gives `<name>/<source>` and, added up, `<name>`.
-      groups: the step's groups; empty for supervised steps.
+      sums: from the update; an array [sources] gives `<name>/<source>` and, added up, `<name>`
+        (of MAXIMA, the largest).
+      groups: all groups that the step drew; empty for supervised steps.
       verdicts: one per completion, nested as in `groups`.
       sources: the names behind the index of the arrays [sources].
       seconds: stage → wall time, reported as `time/<stage>`.
       skipped: the source of each row that was passed over because it is broken or does not fit.
+      refill: of a step with dynamic sampling.
     """
     pairs: dict[str, list[float]] = {}
     for name, total, count in (
         *_update_pairs(sums, sources),
         *_group_pairs(groups, verdicts),
-        *_skipped_pairs(skipped),
+        *_event_pairs("skipped_rows", skipped),
+        *(_refill_pairs(refill) if refill else ()),
     ):
         pair = pairs.setdefault(name, [0.0, 0.0])
         pair[0] += total
@@ -149,7 +171,8 @@ def reflects(text: str) -> bool:
 def _update_pairs(sums: Sums, sources: Sequence[str]) -> Iterator[tuple[str, float, float]]:
     for name, (total, count) in jax.device_get(dict(sums)).items():
         name = "skipped_steps" if name == "skipped" else name
-        yield name, float(np.sum(total)), float(np.sum(count))
+        over_all = np.max if name in MAXIMA else np.sum
+        yield name, float(over_all(total)), float(over_all(count))
         if np.ndim(total):
             for source, part, parts in zip(sources, total, count, strict=True):
                 yield f"{name}/{metric_name(source)}", float(part), float(parts)
@@ -169,10 +192,16 @@ def _group_pairs(
                 yield "reward", verdict.score, 1.0
 
 
-def _skipped_pairs(skipped: Sequence[str]) -> Iterator[tuple[str, float, float]]:
-    for source in skipped:
-        yield "skipped_rows", 1.0, 1.0
-        yield f"skipped_rows/{metric_name(source)}", 1.0, 1.0
+def _event_pairs(name: str, sources: Sequence[str]) -> Iterator[tuple[str, float, float]]:
+    for source in sources:
+        yield name, 1.0, 1.0
+        yield f"{name}/{metric_name(source)}", 1.0, 1.0
+
+
+def _refill_pairs(refill: Refill) -> Iterator[tuple[str, float, float]]:
+    yield from _event_pairs("dropped_groups", refill.dropped)
+    yield "refill_rounds", float(refill.rounds), 1.0
+    yield "missing_groups", float(refill.missing), 1.0
 
 
 def _completion_values(completion: Completion, verdict: Verdict) -> Iterator[tuple[str, float]]:

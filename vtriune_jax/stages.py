@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from vtriune_jax.models import lora
 from vtriune_jax.optim import OptimConfig
+from vtriune_jax.rl.advantages import Kind
 from vtriune_jax.rl.losses import LossConfig
 from vtriune_jax.rollout.choice import Sampling
 
@@ -22,7 +25,15 @@ class Stage:
     steps: int
     prompts: int
     """Prompts of one step."""
+    epochs: int
+    """How often an update is made of every completion."""
     minibatches: int
+    """Updates of one epoch."""
+    advantage: Kind
+    overlong_cushion: int
+    """Tokens before the end of the slot from which length costs reward; 0 is off."""
+    refill: int
+    """Further rounds of prompts that may replace groups of equal scores; 0 keeps those."""
     freeze: tuple[str, ...]
     optim: OptimConfig
     loss: LossConfig
@@ -33,6 +44,11 @@ class Stage:
     def samples(self) -> int:
         """Completions drawn per prompt; 0 when demonstrations are imitated."""
         return self.sampling.n if self.sampling else 0
+
+    def order(self, seed: int, step: int) -> list[int]:
+        """The minibatches in the order of the step's updates: all of them, once an epoch."""
+        rng = np.random.default_rng([seed, self.number, step])
+        return [int(k) for _ in range(self.epochs) for k in rng.permutation(self.minibatches)]
 
 
 def plan(config: Any, banned_ids: tuple[int, ...]) -> list[Stage]:
@@ -70,18 +86,36 @@ def plan(config: Any, banned_ids: tuple[int, ...]) -> list[Stage]:
 
 def _sft(keys: Any, completion_tokens: int, banned_ids: tuple[int, ...]) -> dict[str, Any]:
     loss = LossConfig(kind="sft", banned_ids=banned_ids)
-    return {"minibatches": 1, "loss": loss, "sampling": None}
+    return {
+        "epochs": 1,
+        "minibatches": 1,
+        "advantage": "grpo",
+        "overlong_cushion": 0,
+        "refill": 0,
+        "loss": loss,
+        "sampling": None,
+    }
 
 
 def _grpo(keys: Any, completion_tokens: int, banned_ids: tuple[int, ...]) -> dict[str, Any]:
-    """With one update per rollout batch the old log-probs are its own, else the sampler's."""
+    """With one update per rollout batch the old log-probs are its own, whatever `old` says."""
     return {
+        "epochs": keys.epochs,
         "minibatches": keys.minibatches,
+        "advantage": keys.advantage,
+        "overlong_cushion": keys.overlong_cushion,
+        "refill": keys.refill,
         "loss": LossConfig(
-            kind="grpo",
+            kind=keys.loss,
             clip_low=keys.clip_low,
             clip_high=keys.clip_high,
-            old="current" if keys.minibatches == 1 else "rollout",
+            dual_clip=keys.dual_clip,
+            normalise=keys.normalise,
+            old="current" if keys.minibatches * keys.epochs == 1 else keys.old,
+            tis_cap=keys.tis_cap,
+            kl_weight=keys.kl_weight,
+            kl=keys.kl,
+            entropy_weight=keys.entropy_weight,
             temperature=keys.temperature,
             banned_ids=banned_ids,
         ),

@@ -7,27 +7,29 @@ nobody judges them, and each has advantage 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vtriune_jax.assemble import Parts
 from vtriune_jax.data.packing import split_batch
 from vtriune_jax.evaluate import items
-from vtriune_jax.metrics import Sums
 from vtriune_jax.optim import make_optimizer, partition
+from vtriune_jax.rewards.shaping import soft_overlong
 from vtriune_jax.rl.advantages import group_advantages
+from vtriune_jax.rl.normalise import Sums, add_sums
+from vtriune_jax.rl.policy import make_logps
 from vtriune_jax.rl.update import init_state, make_update
 from vtriune_jax.stages import Stage
 from vtriune_jax.types import Batch, Completion, Group, Prompt, TrainState, Verdict
 
 Features = Float[Array, "groups units embed"] | None
 Encode = Callable[[Any, Sequence[Prompt]], Features]
-Update = Callable[[TrainState, Batch], tuple[TrainState, Sums]]
+Update = Callable[[TrainState, Batch, int], tuple[TrainState, Sums]]
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,13 @@ class Compiled:
     encode: Encode
     """Images → features for `respond`; None where neither it nor the update needs them."""
     update: Update
-    """All minibatches of a batch, one after the other, and the sums over them."""
+    """All minibatches of the batch of a step, one after the other, and the sums over them."""
     vision_frozen: bool
     """Whether the update takes the features, or trains the tower on the images."""
 
 
 def compiled(stage: Stage, params: Any, parts: Parts) -> Compiled:
-    """What the loop of a stage calls, beginning at `params`."""
+    """What the loop of a stage calls, beginning at `params`: the reference too, if there is one."""
     tx = make_optimizer(stage.optim)
     state = init_state(params, tx, parts.mesh, stage.freeze)
     vision_frozen = "visual" not in partition(state.params, stage.freeze)[0]
@@ -64,14 +66,41 @@ def compiled(stage: Stage, params: Any, parts: Parts) -> Compiled:
             return None
         return jax.block_until_ready(parts.encode(params, prompts))
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+    annotate = annotation(stage, params, parts)
+
+    def update(state: TrainState, batch: Batch, step: int) -> tuple[TrainState, Sums]:
+        minibatches = [
+            annotate(state.params, part) for part in split_batch(batch, stage.minibatches)
+        ]
         total: Sums = {}
-        for part in split_batch(batch, stage.minibatches):
-            state, sums = update_once(state, part)
-            total = jax.tree.map(jnp.add, total, sums) if total else sums
+        for k in stage.order(parts.config.seed, step):
+            state, sums = update_once(state, minibatches[k])
+            total = add_sums(total, sums) if total else sums
         return state, jax.device_get(total)
 
     return Compiled(state, encode, update, vision_frozen)
+
+
+def annotation(stage: Stage, start: Any, parts: Parts) -> Callable[[Any, Batch], Batch]:
+    """A function (params, batch) → batch that adds the log-probs which the stage's loss needs.
+
+    The reference model is the one the stage starts from, or, with adapters, the model without them.
+    """
+    loss, adapted = stage.loss, parts.config.model.lora.rank > 0
+    pieces = {"micro_batches": parts.config.batch.micro_batches}
+    logps = make_logps(parts.graphdef, loss, parts.mesh, **pieces)
+    base_logps = make_logps(parts.graphdef, loss, parts.mesh, adapters=False, **pieces)
+    reference = parts.place(start) if loss.kl_weight and not adapted else None
+
+    def annotate(params: Any, batch: Batch) -> Batch:
+        if loss.old == "recomputed":
+            batch = replace(batch, old_logps=logps(params, batch))
+        if loss.kl_weight:
+            found = base_logps(params, batch) if adapted else logps(reference, batch)
+            batch = replace(batch, reference_logps=found)
+        return batch
+
+    return annotate
 
 
 def respond(
@@ -81,15 +110,17 @@ def respond(
     prompts: Sequence[Prompt],
     features: Features,
     parts: Parts,
+    drawn: int = 0,
 ) -> list[Group]:
     """n completions of every prompt, or its demonstration.
 
-    What is random follows from the seed, the step of the run and the prompt's place in it.
+    What is random follows from the seed, the step of the run and the prompt's place in it, behind
+    the `drawn` prompts that the step has had before.
     """
     if not stage.sampling:
         return [Group(prompt, (demonstration(prompt, parts),)) for prompt in prompts]
     key = jax.random.fold_in(jax.random.key(parts.config.seed), stage.start + step)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(prompts)))
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(drawn + jnp.arange(len(prompts)))
     slot = parts.slots.prompt_tokens
     return parts.engine.generate(params, prompts, features, stage.sampling, keys, slot)
 
@@ -113,14 +144,42 @@ def verify(stage: Stage, step: int, groups: Sequence[Group], parts: Parts) -> li
     return [[next(verdicts) for _ in group.completions] for group in groups]
 
 
+def shaped(
+    stage: Stage, groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]]
+) -> list[list[Verdict]]:
+    """The verdicts with the soft penalty of long completions in score and parts, if it is on."""
+    cushion, sampling = stage.overlong_cushion, stage.sampling
+    if not cushion or not sampling:
+        return [list(judged) for judged in verdicts]
+
+    def shape(verdict: Verdict, completion: Completion) -> Verdict:
+        if verdict.status != "ok":
+            return verdict
+        length = np.asarray(len(completion.ids))
+        penalty = float(soft_overlong(length, sampling.max_tokens, cushion))
+        parts = {**verdict.parts, "overlong": penalty}
+        return replace(verdict, score=verdict.score + penalty, parts=parts)
+
+    return [
+        [shape(*pair) for pair in zip(judged, group.completions, strict=True)]
+        for judged, group in zip(verdicts, groups, strict=True)
+    ]
+
+
 def advantages(
-    groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]]
+    stage: Stage,
+    groups: Sequence[Group],
+    verdicts: Sequence[Sequence[Verdict]],
+    used: Bool[np.ndarray, " groups"],
 ) -> tuple[Float[np.ndarray, "groups n"], Float[np.ndarray, "groups n"]]:
-    """Advantages and weights [groups, n]: a failed verification is masked, never a reward of 0."""
+    """Advantages and weights [groups, n]: a failed verification is masked, never a reward of 0.
+
+    So is a group that is not `used`.
+    """
     if not verdicts:
         ones = np.ones((len(groups), len(groups[0].completions)), np.float32)
         return ones, ones
     scores = np.array([[verdict.score for verdict in judged] for judged in verdicts])
     valid = np.array([[verdict.status == "ok" for verdict in judged] for judged in verdicts])
-    values, weights, _ = group_advantages(scores, valid)
+    values, weights, _ = group_advantages(scores, valid & used[:, None], stage.advantage)
     return values, weights

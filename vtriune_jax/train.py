@@ -15,15 +15,17 @@ from typing import Any
 from vtriune_jax import metrics
 from vtriune_jax.assemble import Parts, assemble
 from vtriune_jax.checkpoint import Checkpointer
-from vtriune_jax.data.feed import Feed, Skipped, feed, tell
+from vtriune_jax.collect import collect
+from vtriune_jax.data.feed import Feed, feed, tell
 from vtriune_jax.data.mixture import Mixture
 from vtriune_jax.data.packing import check_fits, pack
+from vtriune_jax.data.stream import Chunk, PromptStream
 from vtriune_jax.evaluate import evaluate, read_means, save_means
 from vtriune_jax.finish import finish
 from vtriune_jax.metrics import SourceMean
 from vtriune_jax.models import lora
 from vtriune_jax.stages import Stage, plan
-from vtriune_jax.steps import advantages, compiled, demonstration, respond, verify
+from vtriune_jax.steps import advantages, compiled, demonstration
 from vtriune_jax.types import Prompt, Sample, TrainState
 from vtriune_jax.writers import MetricsWriter, Progress
 
@@ -64,36 +66,32 @@ def train(
         Checkpointer(folder, config.checkpoint.every, config.checkpoint.keep) as checkpoints,
         feed(config.data.threads, config.data.on_bad_row) as source,
     ):
-        done, seconds = 0, 0.0
+        done, taken, seconds = 0, 0, 0.0
         if restored := checkpoints.restore(kept(state)):
             saved, position = restored
             state = replace(saved, params=lora.put_back(state.params, saved.params))
-            done, seconds = position["done"], position["seconds"]
+            done, taken, seconds = (position[key] for key in ("done", "taken", "seconds"))
             mixture.restore(position["data"])
         if done < stage.steps:
             writer.resume(stage.start + done)
         began = time.monotonic() - seconds
-        for step, prompts, skipped, data in prompts_ahead(stage, done, mixture, parts, source):
-            tell(skipped, f"{stage.name} step {step + 1}")
+        prompts = prompts_ahead(stage, done, taken, mixture, parts, source)
+        for step in range(done, stage.steps):
             clock = Clock()
-            with clock("encode"):
-                features = do.encode(state.params, prompts)
-            with clock("rollout"):
-                groups = respond(stage, step, state.params, prompts, features, parts)
-            with clock("verify"):
-                verdicts = verify(stage, step, groups, parts)
+            got = collect(stage, step, state.params, prompts, do, parts, clock)
+            tell(got.skipped, f"{stage.name} step {step + 1}")
             with clock("update"):
-                values, weights = advantages(groups, verdicts)
-                features = features if do.vision_frozen else None
-                batch = pack(groups, values, weights, parts.source_index, parts.slots, features)
-                state, sums = do.update(state, batch)
-            judged = groups if verdicts else []
-            left_out = [row.data_source for row in skipped]
-            record = metrics.finish(sums, judged, verdicts, parts.sources, clock.seconds, left_out)
+                values, weights = advantages(stage, got.groups, got.verdicts, got.used)
+                rows = got.groups, values, weights, parts.source_index, parts.slots, got.features
+                state, sums = do.update(state, pack(*rows), step)
+            left_out = [row.data_source for row in got.skipped]
+            record = metrics.finish(
+                sums, *got.drawn, parts.sources, clock.seconds, left_out, got.refill
+            )
             writer.write(stage.start + step, record, stage.name)
             progress(stage.name, step + 1, stage.steps, record)
             seconds = time.monotonic() - began
-            position = {"done": step + 1, "data": data, "seconds": seconds}
+            position = {"done": step + 1, "seconds": seconds} | prompts.position()
             last = step + 1 == stage.steps
             (checkpoints.save if last else checkpoints.maybe)(step + 1, kept(state), position)
     return state.params, seconds
@@ -105,24 +103,29 @@ def kept(state: TrainState) -> TrainState:
 
 
 def prompts_ahead(
-    stage: Stage, done: int, mixture: Mixture, parts: Parts, source: Feed
-) -> Iterator[tuple[int, list[Prompt], list[Skipped], dict[str, int]]]:
-    """The prompts of every remaining step, prepared while the step before is trained.
+    stage: Stage, done: int, taken: int, mixture: Mixture, parts: Parts, source: Feed
+) -> PromptStream:
+    """The prompts of the remaining steps, the next ones prepared while the last ones are used.
 
-    With them come the rows that were passed over, and the position in the data that a checkpoint
-    after this step must hold.
+    Without dynamic sampling a step has one chunk, of its own number. `taken` prompts were used in
+    the `done` steps.
     """
 
-    def prepare(step: int) -> tuple[int, list[Prompt], list[Skipped], dict[str, int]]:
+    def prepare(number: int) -> Chunk:
         def make(sample: Sample) -> Prompt:
-            prompt = parts.prompter(sample, step)
+            prompt = parts.prompter(sample, number)
             answer = 0 if stage.sampling else len(demonstration(prompt, parts).ids)
             check_fits(prompt, answer, parts.slots)
             return prompt
 
-        return step, *source.draw(mixture, stage.prompts, make), mixture.state()
+        before = mixture.state()
+        good, bad = source.draw(mixture, stage.prompts, make)
+        return Chunk(number, good, bad, before, mixture.state())
 
-    return source.ahead(prepare, range(done, stage.steps))
+    first, begun = divmod(taken, stage.prompts)
+    most = (stage.steps - done) * (stage.refill + 1) + bool(begun)
+    chunks = source.ahead(prepare, range(first, first + most))
+    return PromptStream(chunks, stage.prompts, taken)
 
 
 def heldout_before(parts: Parts, params: Any, workdir: Path) -> dict[str, SourceMean]:
@@ -146,4 +149,4 @@ class Clock:
         """Times a `with` block."""
         start = time.monotonic()
         yield
-        self.seconds[part] = time.monotonic() - start
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - start

@@ -157,6 +157,10 @@ class Batch:
     """Patches, when the vision tower is trained …"""
     features: Float[Array, "rows units embed"] | None = None
     """… or its output, encoded once per prompt, when it is frozen."""
+    old_logps: Float[Array, "rows completion"] | None = None
+    """The trainer's before the first update of a step, where its loss needs them."""
+    reference_logps: Float[Array, "rows completion"] | None = None
+    """The reference model's, where there is a penalty on the distance from it."""
 
 
 @jax.tree_util.register_dataclass

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.e2e.runs import arguments, records, timeless
-from vtriune_jax import assemble, train
+from vtriune_jax import assemble, collect
 from vtriune_jax.main import main
 from vtriune_jax.verifiers.client import VerifierClient
 from vtriune_jax.verifiers.embedded import VerifierServer
@@ -89,8 +89,8 @@ def test_processes_that_are_killed_or_hang(run, undisturbed, impatient, monkeypa
         answered_by.append(server().pid)
         return verdicts
 
-    judge = train.verify
-    monkeypatch.setattr(train, "verify", verify)
+    judge = collect.verify
+    monkeypatch.setattr(collect, "verify", verify)
     assert run("killed", verifiers_mode="server") == undisturbed
     one, two, three, four, five = answered_by
     assert one == two

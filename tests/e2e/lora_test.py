@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.runs import arguments, params, records, timeless
-from vtriune_jax import train
+from vtriune_jax import collect
 from vtriune_jax.export import export
 from vtriune_jax.main import main
 
@@ -43,9 +43,9 @@ def test_a_run_that_was_ended_goes_on_as_if_not(whole, keys, stage, tmp_path, mo
             raise PowerCutError
         return verify(of, step, *rest)
 
-    verify = train.verify
+    verify = collect.verify
     with monkeypatch.context() as patch:
-        patch.setattr(train, "verify", cut)
+        patch.setattr(collect, "verify", cut)
         with pytest.raises(PowerCutError):
             main(arguments(tmp_path, **keys))
     assert main(arguments(tmp_path, **keys)) == 0

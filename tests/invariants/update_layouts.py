@@ -12,8 +12,15 @@ import numpy as np
 from tests.rl.tiny_update import CONFIG, SFT, build, make_batch
 from vtriune_jax import sharding
 from vtriune_jax.models import LoRAConfig, lora
+from vtriune_jax.rl.losses import LossConfig
 
 LORA = replace(CONFIG, lora=LoRAConfig(rank=4, alpha=8.0))
+
+REST = {"entropy_weight": 0.1, "banned_ids": CONFIG.banned_ids}
+GSPO = LossConfig(
+    "gspo", 0.05, 0.05, 3.0, "sequence", "recomputed", tis_cap=1.1, kl_weight=0.1, **REST
+)
+CISPO = LossConfig("cispo", normalise="dr", old="rollout", kl_weight=0.1, kl="k2", **REST)
 
 LAYOUTS = {
     "one device": ((1, 1, 1), 1),
@@ -59,6 +66,8 @@ def main() -> None:
         ("grpo", make_batch(), {}),
         ("sft", make_batch(vision=True), {"loss": SFT, "freeze": ()}),
         ("lora", make_batch(), {"config": LORA, "freeze": (lora.BASE,)}),
+        ("gspo", make_batch(), {"loss": GSPO}),
+        ("cispo", make_batch(), {"loss": CISPO}),
     ):
         names = LAYOUTS if kind == "grpo" else ("one device", "2,2,2 and 2 micro-batches")
         want = None

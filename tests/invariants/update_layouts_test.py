@@ -32,7 +32,7 @@ def report():
 
 
 def test_loss_and_state_are_those_of_one_device(report):
-    assert len(report) == 12
+    assert len(report) == 16
     worst = {
         name: max(entry["differences"].items(), key=lambda item: item[1])
         for name, entry in report.items()

@@ -6,10 +6,58 @@ from hypothesis import strategies as st
 
 from vtriune_jax.rl.advantages import group_advantages
 
+KINDS = ["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline"]
 
-def advantages(scores, valid=None):
+
+def advantages(scores, valid=None, kind="grpo"):
     scores = np.array(scores, np.float32)
-    return group_advantages(scores, np.ones(scores.shape, bool) if valid is None else valid)
+    return group_advantages(scores, np.ones(scores.shape, bool) if valid is None else valid, kind)
+
+
+def by_hand(scores, valid, kind):
+    """Completion by completion, with lists of who is compared with whom."""
+    groups = [
+        [float(s) for s, ok in zip(*row, strict=True) if ok]
+        for row in zip(scores, valid, strict=True)
+    ]
+    everyone = [score for group in groups for score in group]
+    distances = [s - sum(g) / len(g) for g in groups if len(g) > 1 for s in g]
+    values, weights = np.zeros(scores.shape), np.zeros(scores.shape)
+    for g, i in np.argwhere(valid):
+        score, group = float(scores[g, i]), everyone if kind == "reinforce++" else groups[g]
+        if len(group) < 2:
+            continue
+        weights[g, i] = 1
+        rest = (sum(group) - score) / (len(group) - 1)
+        mean = sum(group) / len(group)
+        everywhere = distances if kind == "reinforce++_baseline" else everyone
+        values[g, i] = score - (rest if kind == "rloo" else mean)
+        if kind == "grpo":
+            values[g, i] /= np.std(group, ddof=1) + 1e-6
+        elif kind.startswith("reinforce++"):
+            values[g, i] /= np.std(everywhere, ddof=1) + 1e-6
+    return values, weights
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_what_its_name_says(kind):
+    rng = np.random.default_rng(1)
+    scores = rng.random((6, 4)).astype(np.float32)
+    valid = rng.random(scores.shape) < 0.7
+    valid[0], valid[1], scores[2] = [False] * 4, [True, False, False, False], 0.5
+    wrong = np.where(valid, scores, np.nan)
+    found = advantages(wrong, valid, kind)
+    values, weights = by_hand(scores, valid, kind)
+    np.testing.assert_allclose(found.values, values, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(found.weights, weights)
+    np.testing.assert_array_equal(found.zero_variance, [k == 2 for k in range(6)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_equal_scores_gives_exactly_zero(kind):
+    result = advantages([[0.1] * 3] * 3, kind=kind)
+    np.testing.assert_array_equal(result.values, 0.0)
+    np.testing.assert_array_equal(result.weights, 1.0)
 
 
 def test_matches_the_equation():
@@ -55,13 +103,14 @@ def test_the_scale_and_offset_of_rewards_do_not_matter(scores, scale):
     assert abs(base.values.sum()) < 1e-3
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("x64", [False, True])
-def test_jitted_they_are_the_same(x64):
+def test_jitted_they_are_the_same(x64, kind):
     rng = np.random.default_rng(0)
     scores = np.vstack([rng.random((6, 4)), np.full((1, 4), 0.1)]).astype(np.float32)
     valid = rng.random(scores.shape) < 0.8
     with jax.enable_x64(x64):
-        found = jax.jit(group_advantages)(scores, valid)
-    for ours, reference in zip(found, group_advantages(scores, valid), strict=True):
+        found = jax.jit(group_advantages, static_argnums=2)(scores, valid, kind)
+    for ours, reference in zip(found, group_advantages(scores, valid, kind), strict=True):
         assert ours.dtype == reference.dtype
         np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-6)

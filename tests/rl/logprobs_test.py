@@ -69,6 +69,25 @@ def test_the_entropy_has_no_gradient():
     np.testing.assert_array_equal(grad, 0.0)
 
 
+@pytest.mark.parametrize("max_logits", [2**27, 1], ids=["whole", "1"])
+def test_an_entropy_bonus_has_the_dense_gradient(max_logits):
+    hidden, head, targets, weights = inputs()
+    options = {"temperature": 0.7, "banned_ids": BANNED, "max_logits": max_logits}
+
+    def ours(hidden, head):
+        entropy = token_logps(hidden, head, targets, entropy_gradient=True, **options)[1]
+        return (weights * entropy).sum()
+
+    def reference(hidden, head):
+        logits = (hidden @ head / 0.7)[..., [k for k in range(VOCAB) if k not in BANNED]]
+        logps = jax.nn.log_softmax(logits)
+        return (weights * -(jnp.exp(logps) * logps).sum(-1)).sum()
+
+    got, want = (jax.grad(f, (0, 1))(hidden, head) for f in (ours, reference))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-5)
+
+
 def test_a_banned_target_gets_zero_and_no_gradient():
     hidden, head, targets, _ = inputs()
     targets = targets.at[1, 3].set(BANNED[0])

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from vtriune_jax.errors import UserError
-from vtriune_jax.rl.losses import LossConfig, grpo, per_source, sft
+from vtriune_jax.rl.losses import LossConfig, policy_gradient, sft
+from vtriune_jax.rl.normalise import per_source
+from vtriune_jax.types import Batch
 
 LOGPS = jnp.log(jnp.array([[0.5, 0.5, 0.5, 0.5], [0.2, 0.2, 0.2, 0.2]]))
 OLD = jnp.log(jnp.array([[0.5, 0.25, 0.8, 0.5], [0.2, 0.1, 0.4, 0.19]]))
@@ -15,7 +17,10 @@ ENTROPY = jnp.ones_like(LOGPS)
 
 
 def run(config, logps=LOGPS, old=OLD, advantages=ADVANTAGES, mask=MASK):
-    return grpo(logps, ENTROPY, mask, advantages, old, SOURCE, 3, config)
+    """`old` are the log-probs of the sampler."""
+    nothing = jnp.zeros(0)
+    batch = Batch(nothing, nothing, nothing, nothing, mask, advantages, old, SOURCE)
+    return policy_gradient(logps, ENTROPY, mask, batch, 3, config)
 
 
 def test_grpo_by_hand():

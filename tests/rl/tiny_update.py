@@ -73,6 +73,8 @@ def make_batch(rows=ROWS, seed=0, vision=False) -> Batch:
     image_index = np.full((rows, tokens), -1, np.int32)
     image_index[:, PROMPT - 6 : PROMPT - 2] = [unit_index for _, unit_index in packed]
     features = rng.normal(size=(rows, 4, CONFIG.text.embed)).astype(np.float32)
+    own = np.random.default_rng([seed, 1])
+    old_logps, reference_logps = own.normal(-4.15, 0.3, (2, rows, COMPLETION))
     return Batch(
         ids=ids,
         positions=np.repeat(positions[:, None], 3, 1),
@@ -84,4 +86,6 @@ def make_batch(rows=ROWS, seed=0, vision=False) -> Batch:
         source=rng.integers(0, SOURCES, rows).astype(np.int32),
         vision=layout.stack_visions([v for v, _ in packed], 1) if vision else None,
         features=None if vision else features,
+        old_logps=old_logps.astype(np.float32),
+        reference_logps=reference_logps.astype(np.float32),
     )

@@ -21,6 +21,7 @@ def token_logps(
     temperature: float = 1.0,
     banned_ids: Sequence[int] = (),
     max_logits: int = 2**27,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Array, "rows tokens"], Float[Array, "rows tokens"]]:
     """Log-probability of each target, and the entropy of the distribution it came from.
 
@@ -28,7 +29,8 @@ def token_logps(
         log p(target) = z[target] − logsumexp(z),   H = logsumexp(z) − Σ p z
 
     which is the sampler's distribution when temperature and banned ids are the sampler's. A banned
-    target has no probability; it gets 0, and the caller masks it. The entropy carries no gradient.
+    target has no probability; it gets 0, and the caller masks it. The entropy carries no gradient
+    unless `entropy_gradient` asks for one.
     Logits are float32 whatever the type of `hidden`.
 
     At most `max_logits` logits exist at once: the tokens axis is walked in chunks (the rows axis is
@@ -41,7 +43,7 @@ def token_logps(
     allowed[list(banned_ids)] = False
     fitting = max(1, max_logits // max(1, rows * vocab))
     if tokens <= fitting:
-        return _block(hidden, head, targets, temperature, allowed)
+        return _block(hidden, head, targets, temperature, allowed, entropy_gradient)
 
     chunks = -(-tokens // fitting)
     chunk = -(-tokens // chunks)
@@ -56,7 +58,7 @@ def token_logps(
 
     @jax.checkpoint
     def one(chunk):
-        return _block(chunk[0], head, chunk[1], temperature, allowed)
+        return _block(chunk[0], head, chunk[1], temperature, allowed, entropy_gradient)
 
     logps, entropy = jax.lax.map(one, (split(hidden), split(targets)))
     return join(logps), join(entropy)
@@ -68,6 +70,7 @@ def _block(
     targets: Int[Array, "rows tokens"],
     temperature: float,
     allowed: Bool[np.ndarray, " vocab"],
+    entropy_gradient: bool,
 ) -> tuple[Float[Array, "rows tokens"], Float[Array, "rows tokens"]]:
     # The head is cast here, inside the chunk, so that its gradient adds up in the head's own type.
     logits = jnp.einsum(
@@ -85,4 +88,4 @@ def _block(
     possible = jnp.asarray(allowed)[targets]
     logps = jnp.where(possible, jnp.where(chosen, logits, 0.0).sum(-1) - normalizer, 0.0)
     entropy = normalizer - (weights * logits).sum(-1) / total
-    return logps, jax.lax.stop_gradient(entropy)
+    return logps, entropy if entropy_gradient else jax.lax.stop_gradient(entropy)

@@ -1,37 +1,52 @@
 """Losses as sums and denominators over tokens; whoever has all of them divides, once.
 
-Every function returns a dict `name → (sum, count)` with one entry per data source, so that the
-split into rows, micro-batches and devices never changes a result: sums add up, means do not.
+Every function returns a dict `name → (sum, count)` with one entry per data source; see `normalise`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vtriune_jax.errors import UserError
-
-Sums = dict[str, tuple[jax.Array, jax.Array]]
-"""name → (sum, count), arrays of shape [] or [sources]."""
+from vtriune_jax.rl.kl import Estimator, kl_penalty
+from vtriune_jax.rl.normalise import Normalisation, Sums, normalised, per_source
+from vtriune_jax.rl.ratios import (
+    cispo_loss,
+    clipped_loss,
+    ratio_statistics,
+    rollout_ratio,
+    sequence_log_ratio,
+)
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """What is minimised, over the distribution `softmax(logits / temperature)` without banned ids.
 
-    `old` names the log-probs below the ratio of GRPO: "current" is right for one update per rollout
-    batch (the ratio is 1, its gradient is not 0, and no second forward pass is needed), "rollout"
-    takes the sampler's, for several updates per rollout batch.
+    `old` names the log-probs below the ratio: "current" is right for one update per rollout batch
+    (the ratio is 1, its gradient is not 0, and no second forward pass is needed); for several there
+    are "recomputed", `batch.old_logps`, the trainer's before the first of them, and "rollout", the
+    sampler's.
     """
 
-    kind: Literal["grpo", "sft"] = "grpo"
+    kind: Literal["grpo", "gspo", "cispo", "sft"] = "grpo"
     clip_low: float = 0.2
     clip_high: float = 0.28
-    old: Literal["current", "rollout"] = "current"
+    dual_clip: float = 0.0
+    """Bound of the loss where A < 0, in units of −A; 0 is off."""
+    normalise: Normalisation = "token"
+    old: Literal["current", "recomputed", "rollout"] = "current"
+    tis_cap: float = 0.0
+    """Where the weights of truncated importance sampling end; 0 is off."""
+    kl_weight: float = 0.0
+    """Above 0, `batch.reference_logps` are needed."""
+    kl: Estimator = "k3"
+    entropy_weight: float = 0.0
     temperature: float = 1.0
     banned_ids: tuple[int, ...] = ()
     """Never sampled and never trained on; the sampler's set."""
@@ -44,40 +59,64 @@ class LossConfig:
                 f"temperature={self.temperature}: there is no gradient of greedy completions; "
                 "sample with a positive temperature, e.g. 1.0"
             )
+        if self.tis_cap and self.old == "rollout":
+            raise UserError(
+                f'tis_cap={self.tis_cap} has nothing to weigh with old="rollout", whose ratio is '
+                'to the sampler already; set old="recomputed", or tis_cap=0'
+            )
 
 
-def grpo(
+def policy_gradient(
     logps: Float[Array, "rows tokens"],
     entropy: Float[Array, "rows tokens"],
     mask: Float[Array, "rows tokens"],
-    advantages: Float[Array, "rows tokens"],
-    rollout_logps: Float[Array, "rows tokens"],
-    source: Int[Array, " rows"],
+    batch: Any,
     num_sources: int,
     config: LossConfig,
 ) -> Sums:
-    """The clipped policy gradient of GRPO, summed over tokens.
+    """The loss of the GRPO family over a `Batch`, as sums; `config.normalise` says over what.
 
+        l = w · surrogate(r, A) + kl_weight · KL − entropy_weight · H
         r = exp(log p − log p_old)
-        loss = Σ max(−A r, −A clip(r, 1 − clip_low, 1 + clip_high))
+        w = min(exp(log p_old − log p_rollout), tis_cap)   without gradient, if tis_cap is not 0
 
-    Beside `loss`: `entropy`; `clip_fraction`, tokens where the clip took the gradient away; `kl`,
-    the estimate r − 1 − log r of KL(old ‖ current); `rollout_gap`, |log p − log p_rollout|, which
-    is 0 when sampler and trainer agree and nothing was updated in between.
+    The surrogate is `ratios.clipped_loss` of the token's ratio for "grpo" (with clip_high above
+    clip_low: DAPO) and of the completion's for "gspo", or `ratios.cispo_loss`. The log-probs that
+    the trainer had when the batch was sampled stand for p_old in w, whatever `old` is.
+
+    Beside `loss`: `entropy`; `clip_fraction`, tokens where the clip acted, and `dual_clip_fraction`
+    if that is on; `kl`, the estimate r − 1 − log r of KL(old ‖ current), by token for all kinds;
+    `rollout_gap`, |log p − log p_rollout|, which is 0 when sampler and trainer agree and nothing
+    was updated in between; `ratios.ratio_statistics` of w before its truncation, unless
+    old="rollout", which has no such ratio; `reference_kl` if that is on.
     """
-    old = jax.lax.stop_gradient(logps) if config.old == "current" else rollout_logps
+
+    def total(values: Float[Array, "rows tokens"]) -> tuple[jax.Array, jax.Array]:
+        return per_source(values, mask, batch.source, num_sources)
+
+    old = _old(logps, batch, config)
     # The mask comes before the exponential: 0 · inf would be NaN, in the gradient too.
     log_ratio = jnp.where(mask > 0, logps - old, 0.0)
-    ratio = jnp.exp(log_ratio)
-    plain = -advantages * ratio
-    clipped = -advantages * jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
-    gap = jnp.abs(jnp.where(mask > 0, logps - rollout_logps, 0.0))
-    return {
-        "loss": per_source(jnp.maximum(plain, clipped), mask, source, num_sources),
-        "entropy": per_source(entropy, mask, source, num_sources),
-        "clip_fraction": per_source((clipped > plain) * 1.0, mask, source, num_sources),
-        "kl": per_source(ratio - 1.0 - log_ratio, mask, source, num_sources),
-        "rollout_gap": per_source(gap, mask, source, num_sources),
+    sums = _surrogate(logps, log_ratio, mask, batch.advantages, config)
+    loss = sums.pop("loss")
+    sums = {name: total(values) for name, values in sums.items()}
+    if config.old != "rollout":
+        ratio = rollout_ratio(old, batch.rollout_logps, mask)
+        histogram = config.tis_cap > 0
+        sums |= ratio_statistics(ratio, mask, batch.source, num_sources, histogram)
+        loss = loss * jnp.minimum(ratio, config.tis_cap) if config.tis_cap else loss
+    if config.kl_weight:
+        penalty = kl_penalty(logps, _given(batch, "reference_logps"), mask, config.kl)
+        loss = loss + config.kl_weight * penalty
+        sums["reference_kl"] = total(penalty)
+    if config.entropy_weight:
+        loss = loss - config.entropy_weight * entropy
+    gap = jnp.abs(jnp.where(mask > 0, logps - batch.rollout_logps, 0.0))
+    return sums | {
+        "loss": normalised(loss, mask, batch.source, num_sources, config.normalise),
+        "entropy": total(entropy),
+        "kl": total(jnp.exp(log_ratio) - 1.0 - log_ratio),
+        "rollout_gap": total(gap),
     }
 
 
@@ -95,14 +134,35 @@ def sft(
     }
 
 
-def per_source(
-    values: Float[Array, "rows tokens"],
+def _surrogate(
+    logps: Float[Array, "rows tokens"],
+    log_ratio: Float[Array, "rows tokens"],
     mask: Float[Array, "rows tokens"],
-    source: Int[Array, " rows"],
-    num_sources: int,
-) -> tuple[Float[Array, " sources"], Float[Array, " sources"]]:
-    """(Σ mask · values, Σ mask) for each data source; what lies under a zero mask is not read."""
-    kept = jnp.where(mask > 0, values * mask, 0.0).sum(-1)
-    # Not a matmul: on a TPU its default precision would round the counts.
-    member = jax.nn.one_hot(source, num_sources, dtype=jnp.float32)
-    return (kept[:, None] * member).sum(0), (mask.sum(-1)[:, None] * member).sum(0)
+    advantages: Float[Array, "rows tokens"],
+    config: LossConfig,
+) -> dict[str, Float[Array, "rows tokens"]]:
+    """The `loss` of each token, and where clips acted."""
+    low, high = config.clip_low, config.clip_high
+    if config.kind == "cispo":
+        loss, clipped = cispo_loss(log_ratio, logps, advantages, low, high)
+        return {"loss": loss, "clip_fraction": clipped}
+    if config.kind == "gspo":
+        log_ratio = sequence_log_ratio(log_ratio, logps, mask)
+    loss, clipped, capped = clipped_loss(log_ratio, advantages, low, high, config.dual_clip)
+    found = {"loss": loss, "clip_fraction": clipped}
+    return found | {"dual_clip_fraction": capped} if config.dual_clip else found
+
+
+def _old(
+    logps: Float[Array, "rows tokens"], batch: Any, config: LossConfig
+) -> Float[Array, "rows tokens"]:
+    if config.old == "current":
+        return jax.lax.stop_gradient(logps)
+    return _given(batch, "old_logps") if config.old == "recomputed" else batch.rollout_logps
+
+
+def _given(batch: Any, name: str) -> Float[Array, "rows tokens"]:
+    value = getattr(batch, name)
+    if value is None:
+        raise ValueError(f"this loss needs batch.{name}; compute it with rl.policy.make_logps")
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vtriune_jax import sharding
-from vtriune_jax.models import merge
 from vtriune_jax.optim import combine, partition
-from vtriune_jax.rl.logprobs import token_logps
-from vtriune_jax.rl.losses import LossConfig, Sums, grpo, sft
+from vtriune_jax.rl.losses import LossConfig, policy_gradient, sft
+from vtriune_jax.rl.normalise import Sums, add_sums
+from vtriune_jax.rl.policy import policy_logps, split_rows
 from vtriune_jax.types import Batch, TrainState
 
 
@@ -25,13 +26,23 @@ def init_state(
 ) -> TrainState:
     """A state at step 0 on the mesh: a copy of `params`, and moments for the trained ones only."""
     params = jax.device_put(params, sharding.shardings(params, mesh), may_alias=False)
-
-    def build(params):
-        opt_state = tx.init(partition(params, freeze)[0])
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
-
-    places = sharding.shardings(jax.eval_shape(build, params), mesh)
+    places = sharding.shardings(abstract_state(params, tx, freeze), mesh)
+    build = partial(_first_state, tx=tx, freeze=freeze)
     return jax.jit(build, out_shardings=places, donate_argnums=0)(params)
+
+
+def abstract_state(
+    params: Any, tx: optax.GradientTransformation, freeze: Sequence[str] = ()
+) -> TrainState:
+    """The shapes of `init_state`'s result, for parameters that may be shapes only themselves."""
+    return jax.eval_shape(partial(_first_state, tx=tx, freeze=freeze), params)
+
+
+def _first_state(
+    params: Any, *, tx: optax.GradientTransformation, freeze: Sequence[str]
+) -> TrainState:
+    opt_state = tx.init(partition(params, freeze)[0])
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
 
 
 def make_update(
@@ -47,8 +58,8 @@ def make_update(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Build `update(state, batch) -> (state, sums)`; the state passed to it is donated.
 
-    The loss is the mean over all trained tokens of the batch, wherever they lie: sums are gathered
-    over micro-batches (a scan over parts of the rows) and devices, and divided once. `state` here
+    The loss is the mean over the whole batch, as `loss.normalise` means it: sums are gathered over
+    micro-batches (a scan over parts of the rows) and devices, and divided once. `state` here
     only tells the shapes; `freeze` are the regexes given to `init_state`, whose parameters get no
     gradient and come back bit for bit.
 
@@ -59,6 +70,40 @@ def make_update(
     `sums` has what the loss returns per source (see `losses`), and of shape []: `grad_norm` before
     the clip, and `skipped`. UserError at the first call if the rows of the batch do not divide
     by `micro_batches` × data × fsdp.
+    """
+    jitted = jit_update(
+        graphdef,
+        tx,
+        loss,
+        mesh,
+        state,
+        num_sources=num_sources,
+        freeze=freeze,
+        micro_batches=micro_batches,
+    )
+    rows_place = NamedSharding(mesh, sharding.ROWS)
+
+    def checked(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        sharding.check_rows(batch.ids.shape[0], mesh, micro_batches)  # before jit complains of it
+        return jitted(state, jax.device_put(batch, rows_place))  # features may lie elsewhere
+
+    return checked
+
+
+def jit_update(
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    loss: LossConfig,
+    mesh: Mesh,
+    state: TrainState,
+    *,
+    num_sources: int,
+    freeze: Sequence[str] = (),
+    micro_batches: int = 1,
+) -> jax.stages.Wrapped:
+    """The jitted function inside `make_update`, which `vtriune_jax.compile` lowers without arrays.
+
+    `state` may hold shapes in place of arrays (`abstract_state`).
     """
     partition(state.params, freeze)  # a mistake in `freeze` shows here, not inside the jit
     places = sharding.shardings(state, mesh)
@@ -93,18 +138,12 @@ def make_update(
         sums["skipped"] = 1.0 - good, jnp.ones(())
         return TrainState(state.step + 1, combine(trained, rest), opt_state), sums
 
-    jitted = jax.jit(
+    return jax.jit(
         update,
         in_shardings=(places, rows_place),
         out_shardings=(places, replicated),
         donate_argnums=0,
     )
-
-    def checked(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        sharding.check_rows(batch.ids.shape[0], mesh, micro_batches)  # before jit complains of it
-        return jitted(state, jax.device_put(batch, rows_place))  # features may lie elsewhere
-
-    return checked
 
 
 def _loss_sums(
@@ -115,57 +154,26 @@ def _loss_sums(
     mesh: Mesh,
     num_sources: int,
 ) -> Sums:
-    """The loss of a `Batch` of tracers: hidden states, log-probs of the completions, sums."""
-    model = merge(graphdef, _gather_table(params, mesh))
-    features = batch.features if batch.vision is None else model.encode(batch.vision)
-    hidden = model(batch.ids, batch.positions, batch.segments, features, batch.image_index)
-    completion = batch.mask.shape[1]
-    targets = batch.ids[:, -completion:]
-    # Whole over fsdp before the chunks, not in each of them.
-    head = jax.lax.with_sharding_constraint(model.head(), NamedSharding(mesh, P(None, "tensor")))
-    logps, entropy = token_logps(
-        hidden[:, -completion - 1 : -1],  # the state before a token is what predicts it
-        head,
-        targets,
-        temperature=loss.temperature,
-        banned_ids=loss.banned_ids,
-        max_logits=loss.max_logits * sharding.row_shards(mesh),
-    )
-    mask = batch.mask
-    if loss.banned_ids:
-        mask = jnp.where(jnp.isin(targets, jnp.array(loss.banned_ids)), 0.0, mask)
+    """The loss of a `Batch` of tracers, as sums."""
+    logps, entropy, mask = policy_logps(graphdef, params, batch, loss, mesh)
     if loss.kind == "sft":
         return sft(logps, entropy, mask, batch.source, num_sources)
-    advantages, old = batch.advantages, batch.rollout_logps
-    return grpo(logps, entropy, mask, advantages, old, batch.source, num_sources, loss)
-
-
-def _gather_table(params: Any, mesh: Mesh) -> Any:
-    """The embedding table made whole over fsdp.
-
-    A lookup in a table whose width is cut gives activations whose width is cut, and the partitioner
-    then keeps them so through all layers, on all rows: the opposite of what fsdp is for.
-    """
-    table = params["language"]["embed"]["embedding"]
-    table = jax.lax.with_sharding_constraint(table, NamedSharding(mesh, P("tensor", None)))
-    language = params["language"] | {"embed": {"embedding": table}}
-    return params | {"language": language}
+    return policy_gradient(logps, entropy, mask, batch, num_sources, loss)
 
 
 def _sum_over_micro_batches(
-    function: Callable[[Batch], Any], batch: Batch, micro_batches: int
-) -> Any:
+    function: Callable[[Batch], tuple[dict, Sums]], batch: Batch, micro_batches: int
+) -> tuple[dict, Sums]:
     if micro_batches == 1:
         return function(batch)
-    # Every k-th row, so that a micro-batch lies on all devices as the batch does.
-    split = batch.ids.shape[0] // micro_batches, micro_batches
-    parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(*split, *x.shape[1:]), 0, 1), batch)
+    parts = split_rows(batch, micro_batches)
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
         jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts)),
     )
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, function(part)), None
+        grads, sums = function(part)
+        return (jax.tree.map(jnp.add, total[0], grads), add_sums(total[1], sums)), None
 
     return jax.lax.scan(add, zeros, parts)[0]

@@ -1,0 +1,67 @@
+"""Prompts one chunk after the other, of which the last ones can be given back.
+
+A step that draws more than it uses gives the rest back, and the next step begins with it. The
+position is two things: where the mixture stood before the first chunk that is not used up, and how
+many prompts have been used in all. A run that goes on from there makes that chunk again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vtriune_jax.data.feed import Skipped
+from vtriune_jax.types import Prompt
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Prompts that were made together."""
+
+    number: int
+    """From 0, over the whole stage."""
+    prompts: list[Prompt]
+    skipped: list[Skipped]
+    """The rows that were passed over on the way."""
+    before: Mapping[str, int]
+    """Where the mixture stood before this chunk …"""
+    after: Mapping[str, int]
+    """… and after it."""
+
+
+class PromptStream:
+    """`chunks` of `size` prompts, from the one in which prompt number `taken` lies."""
+
+    def __init__(self, chunks: Iterator[Chunk], size: int, taken: int = 0):
+        self._chunks = chunks
+        self._size = size
+        self._taken = self._known = taken
+        self._held: deque[Chunk] = deque()
+        self._data: Mapping[str, int] = {}
+
+    def take(self) -> tuple[list[Prompt], list[Skipped]]:
+        """The next `size` prompts, and the rows newly passed over."""
+        end, skipped = self._taken + self._size, []
+        while not self._held or (self._held[-1].number + 1) * self._size < end:
+            chunk = next(self._chunks)
+            self._held.append(chunk)
+            if chunk.number * self._size >= self._known:  # else told before the run was resumed
+                skipped += chunk.skipped
+        start = self._taken - self._held[0].number * self._size
+        prompts = [prompt for chunk in self._held for prompt in chunk.prompts]
+        self._taken = end
+        return prompts[start : start + self._size], skipped
+
+    def give_back(self, count: int) -> None:
+        """The last `count` prompts taken will be taken again; not across a call of `position`."""
+        self._taken -= count
+
+    def position(self) -> dict[str, Any]:
+        """What a stream must be given to go on here: `taken`, and `data` for the mixture."""
+        while self._held and (self._held[0].number + 1) * self._size <= self._taken:
+            self._data = self._held.popleft().after
+        if self._held:
+            self._data = self._held[0].before
+        return {"taken": self._taken, "data": dict(self._data)}

@@ -1,0 +1,118 @@
+"""Log-probs of a batch's completions under given parameters, inside a jit and as one of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from vtriune_jax import sharding
+from vtriune_jax.models import lora, merge
+from vtriune_jax.models.weights import flatten, unflatten
+from vtriune_jax.rl.logprobs import token_logps
+from vtriune_jax.rl.losses import LossConfig
+from vtriune_jax.types import Batch
+
+Logps = Callable[[Any, Batch], Float[Array, "rows completion"]]
+
+
+def make_logps(
+    graphdef: nnx.GraphDef,
+    loss: LossConfig,
+    mesh: Mesh,
+    *,
+    micro_batches: int = 1,
+    adapters: bool = True,
+) -> Logps:
+    """Build `logps(params, batch)`: what the update calls log p, without its gradient.
+
+    For `batch.old_logps` and `batch.reference_logps`. Without `adapters` they are those of the base
+    of a model with LoRA. UserError at a call as from the update.
+    """
+    rows_place = NamedSharding(mesh, sharding.ROWS)
+
+    def one(params: Any, batch: Batch) -> Float[Array, "rows completion"]:
+        return policy_logps(graphdef, params, batch, loss, mesh)[0]
+
+    @jax.jit
+    def whole(params: Any, batch: Batch) -> Float[Array, "rows completion"]:
+        params = params if adapters else _without_adapters(params)
+        if micro_batches == 1:
+            return one(params, batch)
+        parts = split_rows(batch, micro_batches)
+        found = jax.lax.map(lambda part: one(params, part), parts)
+        return jnp.swapaxes(found, 0, 1).reshape(batch.mask.shape)
+
+    def checked(params: Any, batch: Batch) -> Float[Array, "rows completion"]:
+        sharding.check_rows(batch.ids.shape[0], mesh, micro_batches)
+        return whole(params, jax.device_put(batch, rows_place))
+
+    return checked
+
+
+def policy_logps(
+    graphdef: nnx.GraphDef, params: Any, batch: Any, loss: LossConfig, mesh: Mesh
+) -> tuple[
+    Float[Array, "rows completion"],
+    Float[Array, "rows completion"],
+    Float[Array, "rows completion"],
+]:
+    """Of a `Batch` of tracers: log-probs of the completions, entropies, and the mask to use.
+
+    The mask is the batch's without tokens that are never sampled. The entropy has a gradient only
+    if the loss asks for it.
+    """
+    model = merge(graphdef, _gather_table(params, mesh))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for the layers' `on_rows`
+        features = batch.features if batch.vision is None else model.encode(batch.vision)
+        hidden = model(batch.ids, batch.positions, batch.segments, features, batch.image_index)
+    completion = batch.mask.shape[1]
+    targets = batch.ids[:, -completion:]
+    # Whole over fsdp before the chunks, not in each of them.
+    head = jax.lax.with_sharding_constraint(model.head(), NamedSharding(mesh, P(None, "tensor")))
+    logps, entropy = token_logps(
+        hidden[:, -completion - 1 : -1],  # the state before a token is what predicts it
+        head,
+        targets,
+        temperature=loss.temperature,
+        banned_ids=loss.banned_ids,
+        max_logits=loss.max_logits * sharding.row_shards(mesh),
+        entropy_gradient=loss.entropy_weight != 0,
+    )
+    mask = batch.mask
+    if loss.banned_ids:
+        mask = jnp.where(jnp.isin(targets, jnp.array(loss.banned_ids)), 0.0, mask)
+    return logps, entropy, mask
+
+
+def split_rows(batch: Batch, parts: int) -> Batch:
+    """The batch with a leading axis of `parts` in front of all others.
+
+    A part is every k-th row, so that it lies on all devices as the batch does.
+    """
+    split = batch.ids.shape[0] // parts, parts
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(*split, *x.shape[1:]), 0, 1), batch)
+
+
+def _without_adapters(params: Any) -> Any:
+    flat = flatten(params)
+    off = {path: jnp.zeros_like(leaf) for path, leaf in flat.items() if lora.is_adapter(path)}
+    return unflatten(flat | off)
+
+
+def _gather_table(params: Any, mesh: Mesh) -> Any:
+    """The embedding table made whole over fsdp.
+
+    A lookup in a table whose width is cut gives activations whose width is cut, and the partitioner
+    then keeps them so through all layers, on all rows: the opposite of what fsdp is for.
+    """
+    table = params["language"]["embed"]["embedding"]
+    table = jax.lax.with_sharding_constraint(table, NamedSharding(mesh, P("tensor", None)))
+    language = params["language"] | {"embed": {"embedding": table}}
+    return params | {"language": language}
