@@ -5,7 +5,8 @@
 Writes a random checkpoint of about that size in several files, then loads it in fresh processes on
 the CPU, where device memory is host memory: onto one device, and onto eight made-up ones with
 fsdp=8. "beside" is the peak of resident memory less what was there before and less the parameters;
-it must stay below twice the largest tensor of the files and its part on a device. The folder is removed at the end.
+it must stay below twice the largest tensor of the files and its part on a device. The folder is
+removed at the end.
 """
 
 from __future__ import annotations
