@@ -6,7 +6,7 @@ from concurrent.futures import CancelledError
 import psutil
 import pytest
 
-from vtriune_jax.verifiers.pool import CHUNK, Pool, WorkerDied
+from vtriune_jax.verifiers.pool import CHUNK, LARGEST_CHUNK, Pool, WorkerDied
 
 LIMIT = 1.0
 ALONE, BATCH = "tests.verifiers.rogue", "tests.verifiers.rogue_batch"
@@ -59,13 +59,23 @@ def test_an_endless_completion_costs_its_neighbours_nothing(pool):
 
 def test_batches_are_judged_together_and_one_by_one_if_that_takes_too_long(pool):
     assert ask(pool, BATCH, "fine")[0]["together"] == 1
-    assert max(a["together"] for a in ask(pool, BATCH, *["fine"] * 3 * CHUNK)) <= CHUNK
+    many = ask(pool, BATCH, *["fine"] * 4 * LARGEST_CHUNK)  # enough for large ones for everyone
+    assert max(a["together"] for a in many) == LARGEST_CHUNK
     answers = ask(pool, BATCH, *["fine"] * 8, "sleep 60", *["fine"] * 8)
     assert isinstance(answers.pop(8), TimeoutError)
     assert {answer["accuracy"] for answer in answers} == {1.0}
     assert min(answer["together"] for answer in answers) == 1
     # nor may one that exceeds the limit only together with others be masked
     assert {a["accuracy"] for a in ask(pool, BATCH, *["sleep 0.4"] * 6)} == {1.0}
+
+
+def test_the_one_idle_worker_leaves_some_for_the_others(pool):
+    ask(pool, BATCH, "fine", "fine")
+    busy = pool.submit([(ALONE, ("sleep 0.5", "", {}, 0.0))])[0]
+    while pool.waiting:
+        time.sleep(0.01)
+    assert max(a["together"] for a in ask(pool, BATCH, *["fine"] * 2 * CHUNK)) == CHUNK
+    assert busy.result(timeout=30) == FINE
 
 
 def test_a_batch_that_loses_an_answer_is_an_error(pool):

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from vtriune_jax.rewards.arrays import Array, batch_first, batch_last, largest, namespace, scan
+from vtriune_jax.rewards.arrays import (
+    Array,
+    batch_first,
+    batch_last,
+    comparable,
+    largest,
+    namespace,
+    scan,
+    stable_order,
+)
 from vtriune_jax.rewards.boxes import Boxes, area
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -36,7 +45,7 @@ def coco_map(
     xp = namespace(iou)
     # class by class, in each as listed; the padding last
     labels = xp.where(predicted.mask, predicted.labels, xp.iinfo(predicted.labels.dtype).max)
-    order = xp.argsort(labels, axis=-1, stable=True)
+    order = stable_order(labels)
     labels = batch_last(xp.take_along_axis(labels, order, axis=-1), 1)
     candidates = xp.take_along_axis(xp.where(same_label, iou, -1.0), order[..., None], axis=-2)
     candidates = xp.flip(candidates, axis=-1)  # so that the first of equally good is the later one
@@ -70,7 +79,7 @@ def _ranked(candidates: Array, first: Array, counted: Array) -> tuple[Array, Arr
     xp = namespace(candidates)
     g = candidates.shape[1]
     least = xp.asarray(np.minimum(THRESHOLDS, 1 - 1e-10), dtype=candidates.dtype)[:, None]
-    places = xp.arange(g, dtype=xp.int16)[:, None, None]
+    candidates, least, _ = comparable(candidates, least)
 
     def take(state: tuple[Array, ...], part: tuple[Array, ...]) -> tuple[Any, tuple[Array, ...]]:
         free, found, rank, seen = state
@@ -79,7 +88,7 @@ def _ranked(candidates: Array, first: Array, counted: Array) -> tuple[Array, Arr
         best, place = largest(candidates[:, None], free)  # [10, batch]
         hit = (best >= least) & (seen < MAX_DETECTIONS)
         found, rank = found + hit, rank + (hit | counted)
-        state = (free & (places != xp.where(hit, place, g)), found, rank, seen + 1)
+        state = (free & ~(place & hit), found, rank, seen + 1)
         return state, (hit, found, rank)
 
     shape = (len(THRESHOLDS), candidates.shape[2])

@@ -14,6 +14,7 @@ from vtriune_jax.rewards.arrays import (
     Array,
     batch_first,
     batch_last,
+    comparable,
     largest,
     namespace,
     scan,
@@ -44,17 +45,17 @@ def label_first(
     xp = namespace(iou)
     by_truth = xp.permute_dims(batch_last(xp.where(same_label, iou, -1.0), 2), (1, 0, 2))
     least = xp.maximum(batch_last(thresholds, 1), 0)
+    by_truth, least, value = comparable(by_truth, least)
     n = by_truth.shape[1]
-    places = xp.arange(n, dtype=xp.int16)[:, None, None]
 
     def take(free: Array, part: tuple[Array]) -> tuple[Array, tuple[Array, Array]]:
         best, place = largest(part[0][:, None, :], free)  # [t, batch]
         hit = best >= least
-        return free & (places != xp.where(hit, place, n)), (xp.where(hit, best, 0.0), hit)
+        return free & ~(place & hit), (best, hit)
 
     free = xp.ones((n, *least.shape), bool)
-    _, (credit, hit) = scan(take, free, (by_truth,))
-    found = credit.sum(axis=0), xp.astype(hit.sum(axis=0), iou.dtype)
+    _, (best, hit) = scan(take, free, (by_truth,))
+    found = xp.where(hit, value(best), 0.0).sum(axis=0), xp.astype(hit.sum(axis=0), iou.dtype)
     return Match(*(batch_first(each, iou.shape[:-2]) for each in found))
 
 
@@ -70,13 +71,11 @@ def iou_first(
     Of equally good pairs the first prediction's is taken, and of these the first true box's.
     """
     xp = namespace(iou)
-    p, g = iou.shape[-2:]
     least = xp.maximum(batch_last(thresholds, 1), 0)
     # below every threshold (a threshold of NaN is none) a pair neither counts nor stands in the way
     lowest = xp.where(xp.isnan(least), xp.inf, least).min(axis=0)
     candidates = batch_last(xp.where(real, iou, -1.0), 2)
-    candidates = xp.where(candidates >= lowest, candidates, -1.0)
-    rows, columns = (xp.arange(n, dtype=xp.int16)[:, None] for n in (p, g))
+    candidates, _, _ = comparable(xp.where(candidates >= lowest, candidates, -1.0), lowest)
 
     def unfinished(state: tuple[Array, Array]) -> Array:
         return (state[0] >= 0).any()
@@ -87,9 +86,9 @@ def iou_first(
         usable = candidates >= 0
         _, row = largest(candidates, usable)
         _, column = largest(*(xp.permute_dims(each, (1, 0, 2)) for each in (candidates, usable)))
-        best = (column[:, None] == columns) & (row == rows[:, None]) & usable
+        best = row & xp.permute_dims(column, (1, 0, 2)) & usable
         used = best.any(axis=1)[:, None] | best.any(axis=0)
-        return xp.where(used, -1.0, candidates), chosen | best
+        return xp.where(used, -1, candidates), chosen | best
 
     _, chosen = while_loop(unfinished, take, (candidates, xp.zeros(candidates.shape, bool)))
     pairs = xp.where(chosen, batch_last(iou, 2), -1.0)

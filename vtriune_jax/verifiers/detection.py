@@ -19,9 +19,8 @@ How this differs from the original, and why, is in docs/vtriune_compat.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,8 +44,7 @@ Task = tuple[str, str, Mapping[str, Any], float]
 """The arguments of `verify`."""
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One completion as numbers."""
 
     format: float
@@ -71,8 +69,8 @@ def verify_batch(tasks: Sequence[Task]) -> list[dict[str, float] | Exception]:
     """The parts of every completion's reward; an exception where it cannot be judged."""
     out: list[Any] = [guarded(_prepare, *task) for task in tasks]
     fine = [k for k, case in enumerate(out) if isinstance(case, Case)]
-    sizes = [min(max(len(out[k].predicted), len(out[k].true)), _MOST) for k in fine]
-    for bucket in buckets(sizes, least=32):
+    fine.sort(key=lambda k: _size(out[k]))  # padded only to the largest of similar ones
+    for bucket in buckets([_size(out[k]) for k in fine], least=32, pairs=2**17):
         places = [fine[k] for k in bucket.places]
         # NumPy adds up a single column in another order than several; so there are always several
         # and the company of an item does not change its last digit
@@ -82,6 +80,10 @@ def verify_batch(tasks: Sequence[Task]) -> list[dict[str, float] | Exception]:
     return out
 
 
+def _size(case: Case) -> int:
+    return min(max(len(case.predicted), len(case.true)), _MOST)
+
+
 def _prepare(completion: str, truth: str, params: Mapping[str, Any], progress: float) -> Case:
     """Text → numbers."""
     true = _truth(truth)
@@ -89,7 +91,7 @@ def _prepare(completion: str, truth: str, params: Mapping[str, Any], progress: f
     if params.get("det_verifier_normalized"):
         predicted = rescaled(predicted, params.get("grid"))
     tags = completion.count("\n<answer>\n") == 1 and completion.count("\n</answer>") == 1
-    weights, completeness = _weights(params.get("det_reward_ratio"))
+    weights, completeness = _weights(tuple((params.get("det_reward_ratio") or {}).items()))
     return Case(
         format=float(tags and bool(predicted)),
         predicted=predicted,
@@ -113,8 +115,9 @@ def _truth(text: str) -> tuple[LabelledBox, ...]:
     return tuple(true)
 
 
-def _weights(ratios: Mapping[str, float | None] | None) -> tuple[tuple[float, ...], float]:
-    given = {name: float(value) for name, value in (ratios or {}).items() if value is not None}
+@lru_cache(64)
+def _weights(ratios: tuple[tuple[str, float | None], ...]) -> tuple[tuple[float, ...], float]:
+    given = {name: float(value) for name, value in ratios if value is not None}
     given = given or _PUBLISHED
     weights = tuple(given.get(name, 0.0) for name in WEIGHTS)
     completeness = given.get("iou_completeness", 0.0)

@@ -10,6 +10,7 @@ from typing import Any
 
 from vtriune_jax.errors import UserError
 from vtriune_jax.types import RewardConfig, Verdict
+from vtriune_jax.verifiers.notation import dumps, loads
 
 TOKEN = "VTRIUNE_VERIFIER_TOKEN"
 """The environment variable with the token of server and client."""
@@ -39,7 +40,7 @@ def encode_items(items: Sequence[Item]) -> bytes:
 def decode_items(body: bytes) -> list[Item]:
     """The body of a request → items; `UserError` says what is malformed."""
     try:
-        rows = json.loads(body)["items"]
+        rows = loads(body)["items"]
         return [_item(row) for row in rows]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
@@ -50,13 +51,13 @@ def decode_items(body: bytes) -> list[Item]:
 
 def encode_verdicts(verdicts: Sequence[Verdict]) -> bytes:
     """Verdicts → the body of an answer."""
-    return json.dumps({"verdicts": [vars(verdict) for verdict in verdicts]}).encode()
+    return dumps({"verdicts": verdicts})
 
 
 def decode_verdicts(body: bytes) -> list[Verdict]:
     """The body of an answer → verdicts; ValueError when it is none, of finite numbers."""
     try:
-        return [_verdict(row) for row in json.loads(body)["verdicts"]]
+        return [_verdict(row) for row in loads(body)["verdicts"]]
     except (TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"not a list of verdicts ({type(error).__name__}: {error})") from error
 
@@ -79,7 +80,7 @@ def _verdict(row: Mapping[str, Any]) -> Verdict:
 
 
 def _item(row: Mapping[str, Any]) -> Item:
-    if not isinstance(row, Mapping) or not isinstance(row["reward"], Mapping):
+    if not isinstance(row, dict) or not isinstance(row["reward"], dict):
         raise TypeError("an item and its reward must be objects")
     grid = tuple((int(height), int(width)) for height, width in row.get("grid", ()))
     item = Item(**{**row, "reward": RewardConfig(**row["reward"]), "grid": grid})

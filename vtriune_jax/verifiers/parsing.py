@@ -5,10 +5,11 @@ Completions are hostile: every function here takes linear time and answers, what
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
+from json import JSONDecodeError
 from typing import Any, NamedTuple
+
+from vtriune_jax.verifiers.notation import loads
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _FENCE = "```"
@@ -62,8 +63,8 @@ def parse_boxes(text: str) -> list[LabelledBox]:
     """
     boxes: dict[tuple[float, ...], LabelledBox] = {}
     for entry in parse_list(text):
-        if box := _box(entry):
-            boxes.setdefault(box.coords, box)
+        if (box := _box(entry)) and box.coords not in boxes:
+            boxes[box.coords] = box
     return list(boxes.values())
 
 
@@ -106,9 +107,11 @@ def _decode(text: str) -> Any:
     succeeds, a string can have ended only where the tokens would end it.
     """
     if "\\" not in text and ('"' not in text or "'" not in text):
-        with contextlib.suppress(json.JSONDecodeError):
-            return json.loads(text.replace("'", '"'))
-    return json.loads(_to_json(text))
+        try:
+            return loads(text.replace("'", '"'))
+        except JSONDecodeError:
+            pass
+    return loads(_to_json(text))
 
 
 def _to_json(text: str) -> str:

@@ -25,7 +25,9 @@ from vtriune_jax.verifiers.pipe import receive, send
 from vtriune_jax.verifiers.worker import Call
 
 CHUNK = 64
-"""Completions in one message to a worker at most."""
+"""Completions in one message to a worker, if there are no more for every worker."""
+LARGEST_CHUNK = 256
+"""Completions in one message to a worker at most. Judging many together costs less for each."""
 _IMPORT_LIMIT = 120.0
 """Seconds for a worker to start and import a verifier on a machine busy with other things."""
 
@@ -185,7 +187,8 @@ class Pool:
             self._idle += 1
             while not self._jobs and not self._closed:
                 self._changed.wait()
-            share = min(-(-len(self._jobs) // self._idle), CHUNK)
+            most = min(max(len(self._jobs) // self.size, CHUNK), LARGEST_CHUNK)
+            share = min(-(-len(self._jobs) // self._idle), most)
             self._idle -= 1
             jobs = [self._jobs.popleft() for _ in range(share)]
         return [job for job in jobs if not job.answer.cancelled()]

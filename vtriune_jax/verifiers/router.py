@@ -90,8 +90,9 @@ def _verdict(item: Item, answer: Any) -> Verdict:
 
 
 def _combined(item: Item, parts: Mapping[str, Any]) -> Verdict:
-    numbers = {name: float(value) for name, value in parts.items()}
-    if wrong := [name for name, value in numbers.items() if not math.isfinite(value)]:
+    numbers = dict(zip(parts, map(float, parts.values()), strict=True))
+    if not all(map(math.isfinite, numbers.values())):
+        wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
         raise ValueError(f"the verifier's {', '.join(wrong)} is not a finite number")
     ratios = item.reward.accuracy_ratio, item.reward.format_ratio
     if not sum(ratios) > 0 or min(ratios) < 0:
