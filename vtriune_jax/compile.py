@@ -33,6 +33,7 @@ from typing import Any
 from absl import flags
 
 from vtriune_jax import config as configs
+from vtriune_jax.commands import fill
 from vtriune_jax.errors import UserError
 from vtriune_jax.main import split_overrides
 
@@ -64,15 +65,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[tuple[str, str]]]
     flags.DEFINE_string("json", None, "", flag_values=options)
     flags.DEFINE_bool("help", False, "", flag_values=options, short_name="h")
     overrides, others = split_overrides(argv)
-    try:
-        stray = options(["compile", *others])[1:]
-    except flags.Error as error:
-        raise UserError(f"{error} (--help shows them all)") from error
-    if stray:
-        raise UserError(f"{stray[0]!r} is not a flag: write --name=value (--help shows them all)")
-    if not options.help and not (options.config and options.topology):
-        missing = "--topology=v5p:2x2x4" if options.config else "--config=configs/orsta_7b.py"
-        raise UserError(f"{missing} is missing (--help shows all flags)")
+    fill(options, others, ("--config=configs/orsta_7b.py", "--topology=v5p:2x2x4"))
     return options, overrides
 
 

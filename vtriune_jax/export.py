@@ -31,6 +31,7 @@ from jax.sharding import NamedSharding
 
 from vtriune_jax import sharding
 from vtriune_jax.checkpoint import read_params, saved_steps
+from vtriune_jax.commands import fill
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import ModelConfig, abstract, lora, pretrained, weights
 
@@ -79,15 +80,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_integer("step", None, "", flag_values=options)
     flags.DEFINE_string("dtype", "float32", "", flag_values=options)
     flags.DEFINE_bool("help", False, "", flag_values=options, short_name="h")
-    try:
-        stray = options(["export", *argv])[1:]
-    except flags.Error as error:
-        raise UserError(f"{error} (--help shows them all)") from error
-    if stray:
-        raise UserError(f"{stray[0]!r} is not a flag: write --name=value (--help shows them all)")
-    if not options.help and not (options.checkpoint and options.out):
-        missing = "--out=FOLDER" if options.checkpoint else "--checkpoint=runs/NAME"
-        raise UserError(f"{missing} is missing (--help shows all flags)")
+    fill(options, argv, ("--checkpoint=runs/NAME", "--out=FOLDER"))
     return options
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from absl import flags
 
 from vtriune_jax import config as configs
+from vtriune_jax.commands import fill
 from vtriune_jax.errors import UserError
 
 
@@ -56,19 +57,11 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[tuple[str, str]]]
     flags.DEFINE_string("workdir", None, "", flag_values=options)
     flags.DEFINE_bool("help", False, "", flag_values=options, short_name="h")
     overrides, others = split_overrides(argv)
-    try:
-        stray = options(["main", *others])[1:]
-    except flags.Error as error:
-        raise UserError(f"{error} (--help shows them all)") from error
-    if stray:
-        raise UserError(f"{stray[0]!r} is not a flag: write --name=value (--help shows them all)")
+    fill(options, others, ("--config=configs/quickstart.py", "--workdir=runs/NAME"))
     if "://" in (options.workdir or ""):
         raise UserError(
             f"--workdir={options.workdir} is not a local folder; launch/tpu_vm.sh copies to gs://"
         )
-    if not options.help and not (options.config and options.workdir):
-        missing = "--workdir=runs/NAME" if options.config else "--config=configs/quickstart.py"
-        raise UserError(f"{missing} is missing (--help shows all flags)")
     return options, overrides
 
 
