@@ -9,6 +9,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
 from typing import Any
 
 import orjson
@@ -34,6 +35,8 @@ ADMIN = (
     "/abort_request",
     "/flush_cache",
 )
+FAULT: ContextVar[dict[str, Any]] = ContextVar("FAULT")
+"""What is to go wrong with the request at hand."""
 PAUSES = ("abort", "retract", "in_place")
 
 
@@ -88,7 +91,8 @@ class FakeApp:
         self.counts[request.path] += 1
         if not self._allowed(request):
             return answer({"error": "Unauthorized"}, 401)
-        fault = request["fault"] = self._fault(request.path)
+        fault = self._fault(request.path)
+        FAULT.set(fault)
         match fault.get("kind"):
             case "status":
                 text = fault.get("body", "Internal Server Error")
@@ -130,13 +134,13 @@ class FakeApp:
         return {}
 
     def _end(self, request: web.Request) -> None:
-        if request["fault"]["kind"] == "die":
+        if FAULT.get()["kind"] == "die":
             self.die()
         elif request.transport:
             request.transport.abort()
 
     async def _end_after(self, request: web.Request, lines: list[Request]) -> None:
-        while sum(len(each.line.ids) for each in lines) < request["fault"]["after"]:
+        while sum(len(each.line.ids) for each in lines) < FAULT.get()["after"]:
             await asyncio.sleep(0.002)
         self._end(request)
 
@@ -153,7 +157,7 @@ class FakeApp:
                 async for index, output in self._outputs(request, body, rids, lines):
                     last[index] = output
                 results = [last[i] for i in sorted(last)]
-                if request["fault"].get("kind") == "missing":
+                if FAULT.get().get("kind") == "missing":
                     results.pop()
                 return answer(results[0] if self._is_single(body) else results)
             return await self._stream(request, body, rids, lines)
@@ -168,7 +172,7 @@ class FakeApp:
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        forgets = request["fault"].get("kind") == "missing"
+        forgets = FAULT.get().get("kind") == "missing"
         try:
             async for index, output in self._outputs(request, body, rids, lines):
                 if forgets and index == len(lines) - 1 and output["meta_info"]["finish_reason"]:
@@ -232,7 +236,7 @@ class FakeApp:
             for one in lines:
                 self.engine.submit(one)
             end = None
-            if request["fault"].get("after"):
+            if FAULT.get().get("after"):
                 end = asyncio.create_task(self._end_after(request, lines))
             waits = {asyncio.create_task(one.chunks.get()): k for k, one in enumerate(lines)}
             try:
@@ -243,7 +247,7 @@ class FakeApp:
                         if not task.result():
                             waits[asyncio.create_task(lines[k].chunks.get())] = k
                         output = self.engine.output(lines[k], wants)
-                        spoil(output, request["fault"])
+                        spoil(output, FAULT.get())
                         yield k, output
             finally:
                 for task in [*waits, *([end] if end else [])]:
