@@ -24,7 +24,7 @@ class Served(NamedTuple):
 
 
 def exported(folder: Path, source: Path, model: models.Qwen2_5_VL, scale: float) -> Served:
-    """Exports the model with its matrices multiplied, so that greedy text does not fall into a rut."""
+    """Exports the model with larger matrices, so that greedy text does not fall into a rut."""
     graphdef, params = models.split(model)
     params = jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 1 else leaf, params)
     flat = weights.flatten(params)

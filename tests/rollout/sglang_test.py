@@ -26,8 +26,9 @@ SAMPLES = {
     "two images": make_sample(
         "Is <image> as <image>?", [png(56, 56, seed=2), png(140, 56, seed=3)]
     ),
-    "an image that is resized": make_sample("<image>What?", [png(101, 75, seed=4)]),
 }
+ODD = make_sample("<image>How many?", [png(101, 75, seed=4)])
+"""With a picture whose sides are no multiples of 28: somebody must resize it."""
 
 
 def post(address, path, body, timeout=60.0):
@@ -75,7 +76,7 @@ def generated(address, body):
 def prompts(served_versions):
     first = served_versions[0]
     prompter = Prompter(load_processor(first.folder), first.config, cot=False)
-    return {name: prompter(sample) for name, sample in SAMPLES.items()}
+    return {name: prompter(sample) for name, sample in (SAMPLES | {"odd": ODD}).items()}
 
 
 def ours(served, prompts, banned=(), temperature=0.0):
@@ -115,6 +116,17 @@ def test_greedy_tokens_and_log_probs_are_ours(
     np.testing.assert_allclose(logps, completion.logps, atol=1e-4)
 
 
+def test_the_server_resizes_pictures_in_its_own_way(
+    real_server, served_versions, prompts, expected
+):
+    """Why rollouts send pictures that have been resized already: log-probs differ otherwise."""
+    (address,) = real_server.addresses
+    body = request(prompts["odd"], served_versions[0].config.banned_ids, max_new_tokens=1)
+    _, (logp,), meta = generated(address, body)
+    assert meta["prompt_tokens"] == len(prompts["odd"].ids)
+    assert abs(logp - expected[0]["odd"].logps[0]) > 1e-6
+
+
 def test_a_disk_update_changes_the_answers_and_the_version(
     real_server, served_versions, prompts, expected
 ):
@@ -123,7 +135,7 @@ def test_a_disk_update_changes_the_answers_and_the_version(
     banned = served_versions[0].config.banned_ids
 
     def answers():
-        return {name: generated(address, request(prompts[name], banned)) for name in prompts}
+        return {name: generated(address, request(prompts[name], banned)) for name in SAMPLES}
 
     def update(served, name):
         body = {"model_path": str(served.folder), "weight_version": name, "flush_cache": True}
