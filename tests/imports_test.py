@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "rl": ["types", "models", "sharding", "optim"],
     "sharding": ["types"],
     "optim": ["types"],
-    "config": [],
+    "config": ["config_tables"],
+    "config_tables": [],
 }
 """Part of the package → the other parts that it may know. `errors` is everyone's; parts that are
 not listed (train, main, …) may know all."""
@@ -45,6 +46,7 @@ NOT_IN = {
     "": {"torch", "torchvision", "jax.experimental.pjit", "jax.experimental.maps"},
     "verifiers": {"flax", "transformers", "optax", "datasets", "orbax"},
     "config": {"jax", "flax", "transformers"},
+    "config_tables": {"jax", "flax", "transformers"},
 }
 """Part ("" is all) → what must not be imported there."""
 

@@ -18,42 +18,35 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import aiohttp
 import orjson
 
 from vtriune_jax.errors import UserError
+from vtriune_jax.rollout.addresses import Addresses, read_addresses
 from vtriune_jax.rollout.loop import LoopThread
-from vtriune_jax.rollout.servers import Queue, Server
+from vtriune_jax.rollout.servers import Queue, Server, capacity_of
+from vtriune_jax.rollout.trouble import (
+    ADMIN_KEY,
+    KEY,
+    TROUBLE,
+    ServerError,
+    Unfit,
+    named,
+    refusal,
+)
 
 T = TypeVar("T")
-Addresses = Sequence[str] | str | Path | Callable[[], Sequence[str]]
 
-KEY, ADMIN_KEY = "VTRIUNE_ROLLOUT_KEY", "VTRIUNE_ROLLOUT_ADMIN_KEY"
-"""Environment variables with the servers' --api-key and --admin-api-key."""
 _LONGEST_REST = 15.0
 """Seconds until a sick server is looked at again."""
 _TICK = 0.1
 """Seconds from one look around to the next."""
-_HEALTH_SECONDS = 25.0
-"""A server may take 20 seconds to say that it is unwell."""
-
-
-class ServerError(Exception):
-    """A server did not do what it was asked to."""
-
-    def __init__(self, said: str, status: int = 0) -> None:
-        super().__init__(said)
-        self.status = status
-        """Of HTTP, if that is what it said."""
-
-
-TROUBLE = (aiohttp.ClientError, TimeoutError, OSError, orjson.JSONDecodeError, ServerError)
-"""What may go wrong with a server."""
+_MOST_FAILURES = 3
+"""Failed requests, with none between that did not fail, until a server is quarantined."""
 
 
 class Fleet:
@@ -66,6 +59,7 @@ class Fleet:
         key: str | None = None,
         admin_key: str | None = None,
         patience: float = 20.0,
+        health_timeout: float = 25.0,
         backoff: float = 0.5,
         reread: float = 2.0,
         return_timeout: float = 600.0,
@@ -76,21 +70,27 @@ class Fleet:
 
         A file and a function are asked again every `reread` seconds: servers may join and leave.
         `patience`, the seconds in which a server with work may be silent before its health is
-        asked for; `backoff`, the first rest of a sick one, doubled each time; `return_timeout`,
-        for `on_return`, which is awaited with every new or recovered server before it gets work,
-        and must raise if that is not to be. Without it, a server must have the version that was
-        `published` last. `tokens_per_completion`, if known, bounds the completions on a server by
-        its cache. The keys are those of the environment unless given.
+        asked for; `health_timeout`, to say so (SGLang may take 20 to say no); `backoff`, the first
+        rest of a sick one, doubled each time; `return_timeout`, for `on_return`, which is awaited
+        with every new or recovered server before it gets work, and must raise if that is not to
+        be. Without it, a server must have the version that was `published` last.
+        `tokens_per_completion`, if known, bounds the completions on a server by its cache. The
+        keys are those of the environment unless given.
         """
         self.on_return = on_return
         self._key = os.environ.get(KEY, "") if key is None else key
         self._admin_key = os.environ.get(ADMIN_KEY, "") if admin_key is None else admin_key
         self._addresses, self._reread = addresses, reread
-        self._patience, self._backoff, self._return_timeout = patience, backoff, return_timeout
+        self._patience, self._health_timeout = patience, health_timeout
+        self._backoff, self._return_timeout = backoff, return_timeout
         self._tokens_per_completion = tokens_per_completion
-        self._versions: list[str] = []
+        self._versions: dict[str, int] = {}
+        """Published ones → their place in time."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._complaint = ""
+        self._published = 0
+        self.version: str | None = None
+        """What was published last."""
         self.queue = Queue()
         self.quarantines = 0
         """So far."""
@@ -111,18 +111,12 @@ class Fleet:
 
     def published(self, version: str) -> None:
         """From now on, `version` is what servers should have."""
-        self._versions.append(version)
-
-    @property
-    def version(self) -> str | None:
-        """What was published last."""
-        return self._versions[-1] if self._versions else None
+        self._versions[version] = self._published = self._published + 1
+        self.version = version
 
     def lag(self, version: str) -> int:
         """How many versions were published after this one; 0 for one that never was."""
-        if version not in self._versions:
-            return 0
-        return len(self._versions) - 1 - self._versions.index(version)
+        return self._published - self._versions.get(version, self._published)
 
     def wait_ready(self, seconds: float) -> None:
         """Until a server can be used; UserError with what each said if none can."""
@@ -197,12 +191,12 @@ class Fleet:
         server.reason = reason
         if server.state == "gone":
             return
-        if server.state != "quarantined":
+        if server.state == "ready":
             self.quarantines += 1
         server.state, server.paused = "quarantined", False
-        rest = min(self._backoff * 2.0**server.failures, _LONGEST_REST)
+        rest = min(self._backoff * 2.0 ** min(server.rests, 30), _LONGEST_REST)
         server.next_probe = time.monotonic() + rest
-        server.failures += 1
+        server.rests += 1
         for request in list(server.requests):
             request.cancel()
 
@@ -214,9 +208,34 @@ class Fleet:
             server.state, server.heard = "ready", time.monotonic()
         self.queue.assign()
 
+    def failed(self, server: Server, error: Exception) -> None:
+        """A request to it failed: look after its health, or quarantine it if that is enough."""
+        server.reason = refusal(error)
+        server.failures += 1
+        if server.state != "ready":
+            return
+        unfit = isinstance(error, Unfit) or getattr(error, "status", 0) in (401, 403)
+        if unfit or server.failures >= _MOST_FAILURES:
+            self.quarantine(server, server.reason)
+        elif not server.checking and server.works:
+            server.checking = True
+            self._spawn(self._check(server))
+
+    def heard(self, server: Server) -> None:
+        """It has sent something."""
+        server.heard = time.monotonic()
+
     def answered(self, server: Server) -> None:
         """A completion came from it as it should."""
-        server.failures = 0
+        server.failures = server.rests = 0
+
+    def check_version(self, server: Server, before: str, drawn: str) -> None:
+        """Unfit if the last token of a completion was drawn with older weights than the
+        server had `before` the request: it was restarted, say."""
+        if before not in self._versions:
+            return
+        if drawn not in self._versions or self.lag(drawn) > self.lag(before):
+            raise Unfit(f"has weights {drawn!r} again, after {before!r}")
 
     async def _request(
         self,
@@ -298,19 +317,19 @@ class Fleet:
                 server.state, server.reason = "gone", "is no longer in the list of addresses"
 
     async def _check(self, server: Server) -> None:
-        """Whether a server that has been silent is still there."""
+        """Whether a server that has been silent, or failed, is still there."""
         try:
-            await self.get(server, "/health", timeout=_HEALTH_SECONDS)
+            await self.get(server, "/health", timeout=self._health_timeout)
         except TROUBLE as error:
             if server.works:  # it may have been paused meanwhile
-                self.quarantine(server, f"silent, and of its health it says {named(error)}")
+                self.quarantine(server, f"does not say that it is well: {named(error)}")
         finally:
             server.checking = False
 
     async def _admit(self, server: Server) -> None:
         """Give work to a new or sick server if it is well and has the right weights."""
         try:
-            await self.get(server, "/health", timeout=_HEALTH_SECONDS)
+            await self.get(server, "/health", timeout=self._health_timeout)
             server.version = str((await self.get(server, "/model_info"))["weight_version"])
             server.capacity = capacity_of(
                 await self.get(server, "/server_info"), self._tokens_per_completion
@@ -319,56 +338,9 @@ class Fleet:
                 async with asyncio.timeout(self._return_timeout):
                     await self.on_return(server)
             elif self.version and server.version != self.version:
-                raise ServerError(f"has weights {server.version!r}, not {self.version!r}")
+                raise Unfit(f"has weights {server.version!r}, not {self.version!r}")
             self.release(server)
         except (*TROUBLE, KeyError, TypeError) as error:
             self.quarantine(server, refusal(error))
         finally:
             server.checking = False
-
-
-def named(error: BaseException) -> str:
-    """An error in one line, with its kind."""
-    return f"{type(error).__name__} {error}".strip()
-
-
-def refusal(error: BaseException) -> str:
-    """Why a server is not used, with what a person could do where that is known."""
-    if isinstance(error, ServerError) and error.status == 401:
-        return f"wants a key ({error}); set {KEY} and {ADMIN_KEY} to its keys"
-    return named(error)
-
-
-def read_addresses(addresses: Addresses) -> list[str]:
-    """The addresses now, without a slash at the end; UserError if there are none or odd ones."""
-    if callable(addresses):
-        found = list(addresses())
-    elif isinstance(addresses, (str, Path)):
-        try:
-            lines = Path(addresses).read_text().splitlines()
-        except OSError as error:
-            raise UserError(
-                f"rollout.addresses: cannot read {addresses} ({error.strerror}); give the file "
-                "that launch/rollouts.sh writes, one address a line"
-            ) from None
-        found = [line.split("#")[0].strip() for line in lines]
-    else:
-        found = list(addresses)
-    found = [address.rstrip("/") for address in found if address]
-    odd = [address for address in found if not address.startswith(("http://", "https://"))]
-    if odd or not found:
-        what = repr(odd[0]) if odd else "no address"
-        raise UserError(
-            f"rollout.addresses: found {what}; expected servers like http://10.0.0.2:30000"
-        )
-    return list(dict.fromkeys(found))
-
-
-def capacity_of(info: dict[str, Any], tokens_per_completion: int) -> int:
-    """Completions at a time, from /server_info: what it may run and what its cache can hold."""
-    states = info.get("internal_states") or [{}]
-    running = sum(state.get("effective_max_running_requests_per_dp") or 0 for state in states)
-    running = running or info.get("max_running_requests") or 64
-    if tokens_per_completion and info.get("max_total_num_tokens"):
-        running = min(running, info["max_total_num_tokens"] // tokens_per_completion)
-    return max(1, running)

@@ -10,7 +10,7 @@ import random
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 State = Literal["new", "ready", "quarantined", "gone"]
 
@@ -34,7 +34,9 @@ class Server:
     in_flight: int = 0
     """Completions asked for and not yet answered."""
     failures: int = 0
-    """Since it answered last."""
+    """Requests that failed since one did not."""
+    rests: int = 0
+    """Quarantines since then."""
     next_probe: float = 0.0
     heard: float = field(default_factory=time.monotonic)
     """When it last sent anything."""
@@ -55,6 +57,7 @@ class Server:
 class _Waiter:
     count: int
     prefer: str
+    avoid: str
     given: asyncio.Future[Server]
 
 
@@ -65,9 +68,14 @@ class Queue:
         self.servers: dict[str, Server] = {}
         self._waiting: deque[_Waiter] = deque()
 
-    async def take(self, count: int, prefer: str = "") -> Server:
-        """A server with room for `count` completions, `prefer`red if it can be; `give_back` it."""
-        waiter = _Waiter(count, prefer, asyncio.get_running_loop().create_future())
+    async def take(self, count: int, prefer: str = "", avoid: str = "") -> Server:
+        """A server with room for `count` completions, which are to be given back.
+
+        If possible that of the address to `prefer`, which knows the prompt; not that to `avoid`,
+        unless no other works.
+        """
+        given: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(count, prefer, avoid, given)
         self._waiting.append(waiter)
         self.assign()
         try:
@@ -100,14 +108,28 @@ class Queue:
         return sum(not waiter.given.done() for waiter in self._waiting)
 
     def _best(self, waiter: _Waiter) -> Server | None:
+        working = [server for server in self.servers.values() if server.works]
+        others = [server for server in working if server.address != waiter.avoid]
         able = [
             server
-            for server in self.servers.values()
-            if server.works
-            and (server.in_flight + waiter.count <= server.capacity or not server.in_flight)
+            for server in others or working
+            if server.in_flight + waiter.count <= server.capacity or not server.in_flight
         ]
         for server in able:
             if server.address == waiter.prefer:
                 return server
-        key = lambda server: (server.in_flight / server.capacity, random.random())  # noqa: E731
-        return min(able, key=key, default=None)
+        return min(able, key=_load, default=None)
+
+
+def _load(server: Server) -> tuple[float, float]:
+    return server.in_flight / server.capacity, random.random()
+
+
+def capacity_of(info: dict[str, Any], tokens_per_completion: int) -> int:
+    """Completions at a time, from /server_info: what it may run and what its cache can hold."""
+    states = info.get("internal_states") or [{}]
+    running = sum(state.get("effective_max_running_requests_per_dp") or 0 for state in states)
+    running = running or info.get("max_running_requests") or 64
+    if tokens_per_completion and info.get("max_total_num_tokens"):
+        running = min(running, info["max_total_num_tokens"] // tokens_per_completion)
+    return max(1, running)
