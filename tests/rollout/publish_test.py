@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tests.models.conftest import config, model  # noqa: F401 (fixtures)
 from vtriune_jax import models
 from vtriune_jax.errors import UserError
-from vtriune_jax.models import LoRAConfig, files, weights
+from vtriune_jax.models import LoRAConfig, files, lora, pretrained, weights
 from vtriune_jax.rollout import publish
 from vtriune_jax.rollout.publish import Publisher, verify
 
@@ -80,7 +80,7 @@ def test_a_version_is_the_model(make, model, dtype):  # noqa: F811
     for published in (first, second):
         verify(published.folder)
         assert (published.folder / "tokenizer.json").read_text() == '{"a": 1}'
-        assert models.pretrained.read_config(published.folder) == model.config
+        assert pretrained.read_config(published.folder) == model.config
         hf = json.loads((published.folder / "config.json").read_text())
         assert hf["dtype"] == dtype
     assert 0 < max(first.gather_seconds, first.write_seconds) < first.seconds
@@ -137,7 +137,7 @@ def test_adapters_are_merged(checkpoint, tmp_path):
     flat = {path: leaf + 0.1 if path.endswith("/b") else leaf for path, leaf in flat.items()}
     params = weights.unflatten(flat)
     publisher = Publisher(
-        tmp_path, adapted.config, reference=checkpoint, frozen=(models.lora.BASE,), dtype="float32"
+        tmp_path, adapted.config, reference=checkpoint, frozen=(lora.BASE,), dtype="float32"
     )
     publisher.publish(weights.unflatten(weights.flatten(params)), 0)
     second = publisher.publish(params, 1)

@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ class Publisher:
         Raises UserError, for one naming the tensor that the servers have in another shape.
         """
         check_param_dtype(dtype)
-        self._folder, self._config, self._keep = folder.absolute(), config, keep
+        self.folder, self._config, self._keep = folder.absolute(), config, keep
         self._dtype, self._extras = np.dtype(jnp.dtype(dtype)), tuple(extras)
         self._shapes = {p: leaf.shape for p, leaf in weights.flatten(abstract(config)[1]).items()}
         stored = {path: shape for path, shape in self._shapes.items() if not is_adapter(path)}
@@ -108,8 +108,8 @@ class Publisher:
         self._versions: list[int] = []
         if _is_first():
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                for left in self._folder.glob(f".{_VERSION_GLOB}"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for left in self.folder.glob(f".{_VERSION_GLOB}"):
                     shutil.rmtree(left)
             except OSError as error:
                 raise UserError(
@@ -125,7 +125,7 @@ class Publisher:
         start = time.monotonic()
         flat = weights.flatten(params)
         self._check(flat)
-        folder = self._folder / _VERSION.format(version)
+        folder = self.folder / _VERSION.format(version)
         scratch = folder.with_name(f".{folder.name}.part")
         wanted = self._changing if self._versions else [*self._changing, *self._constant]
         self._together(scratch, lambda: scratch.mkdir() if _is_first() else None)
@@ -147,13 +147,16 @@ class Publisher:
 
         All processes call this together.
         """
-        used = _gathered([version in in_use for version in self._versions]).any(axis=0)
+        used = gathered([version in in_use for version in self._versions])
         newest = self._versions[-self._keep :]
-        pairs = zip(self._versions, used, strict=True)
-        self._versions = [version for version, is_used in pairs if is_used or version in newest]
+        self._versions = [
+            version
+            for i, version in enumerate(self._versions)
+            if used[:, i].any() or version in newest
+        ]
         kept = {_VERSION.format(version) for version in self._versions}
         if _is_first():
-            for old in self._folder.glob(_VERSION_GLOB):
+            for old in self.folder.glob(_VERSION_GLOB):
                 if old.name not in kept:
                     _remove(old)
 
@@ -178,7 +181,8 @@ class Publisher:
         """This process's files, and a note of them for the first process."""
         process, whole = jax.process_index(), None
         if jax.process_count() > 1:
-            whole = NamedSharding(next(iter(flat.values())).sharding.mesh, PartitionSpec())
+            where = cast(NamedSharding, next(iter(flat.values())).sharding)
+            whole = NamedSharding(where.mesh, PartitionSpec())
         report = writing.write_files(
             scratch,
             wanted,
@@ -201,7 +205,7 @@ class Publisher:
             found |= json.loads(note.read_text())
             note.unlink()
         if self._versions:
-            last = self._folder / _VERSION.format(self._versions[-1])
+            last = self.folder / _VERSION.format(self._versions[-1])
             for name, written in _manifest(last).items():
                 if name not in found:
                     _link(last / name, scratch / name)
@@ -223,25 +227,25 @@ class Publisher:
         if folder.exists():
             _remove(folder)
         scratch.rename(folder)
-        _sync(self._folder)
+        _sync(self.folder)
 
     def _together(self, scratch: Path, work: Callable[[], T]) -> T:
         """The result of the work on all processes; UserError on all if it fails on one."""
-        error, result = None, None
+        error, results = None, []
         try:
-            result = work()
+            results.append(work())
         except OSError as failure:
             error = failure
-        failed = _gathered([error is not None])[:, 0]
+        failed = gathered([error is not None])[:, 0]
         if failed.any():
             if _is_first():
                 shutil.rmtree(scratch, ignore_errors=True)
             said = (error.strerror or str(error)) if error else f"on host {failed.argmax()}"
             raise UserError(
-                f"cannot write weights to {self._folder} ({said}); free space, or choose another "
+                f"cannot write weights to {self.folder} ({said}); free space, or choose another "
                 "folder, which all hosts share"
             )
-        return result
+        return results[0]
 
 
 def check_like(reference: Path, ours: Mapping[str, tuple[int, ...]], *, tied: bool = False) -> None:
@@ -285,21 +289,21 @@ def measured(file: Path) -> Written:
     return Written(size, crc32)
 
 
-def _manifest(folder: Path) -> dict[str, list[int]]:
-    return json.loads((folder / MANIFEST).read_text())["files"]
-
-
-def _is_first() -> bool:
-    return jax.process_index() == 0
-
-
-def _gathered(mine: Sequence[bool]) -> np.ndarray:
+def gathered(mine: Sequence[bool]) -> np.ndarray:
     """What each process says, [processes, …]; all wait for each other."""
     if jax.process_count() == 1:
         return np.array([mine], bool)
     return np.asarray(multihost_utils.process_allgather(np.array(mine, bool))).reshape(
         jax.process_count(), len(mine)
     )
+
+
+def _manifest(folder: Path) -> dict[str, list[int]]:
+    return json.loads((folder / MANIFEST).read_text())["files"]
+
+
+def _is_first() -> bool:
+    return jax.process_index() == 0
 
 
 def _link(old: Path, new: Path) -> None:
