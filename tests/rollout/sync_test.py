@@ -1,6 +1,5 @@
 """Weights to a fleet: every server has them or gets no work; the probe tells right from wrong."""
 
-import asyncio
 import shutil
 import time
 
@@ -11,7 +10,7 @@ import pytest
 
 from tests.data.conftest import make_sample, png
 from tests.rollout.fake_sglang import FakeServer
-from vtriune_jax import models, sharding
+from vtriune_jax import sharding
 from vtriune_jax.data.prompts import Prompter
 from vtriune_jax.data.tokenizer import load_processor
 from vtriune_jax.errors import UserError
@@ -168,7 +167,7 @@ def test_a_server_that_fails_comes_back_with_the_newest_weights(
 
 
 def test_a_server_that_says_no(fleet_of, sync_of, served):
-    fleet, (good, bad) = fleet_of()
+    fleet, (_good, bad) = fleet_of()
     sync = sync_of(fleet)
     said = '{"success": false, "message": "Failed to get weights iterator"}'
     for status in (200, 400):
@@ -186,7 +185,7 @@ def test_a_server_that_says_no(fleet_of, sync_of, served):
 @pytest.mark.parametrize("path", [PAUSE, UPDATE, CONTINUE])
 def test_a_server_that_dies(path, start, fleet_of, sync_of, served):
     dying = start(process=True)
-    fleet, (good, _) = fleet_of(servers=[start(), dying])
+    fleet, (_good, _) = fleet_of(servers=[start(), dying])
     sync = sync_of(fleet, deadline=5.0)
     sync.push(served.params, 1)
     dying.script(faults=[{"path": path, "kind": "die"}])
@@ -215,7 +214,7 @@ def test_a_server_that_stands_still_and_goes_on(start, fleet_of, sync_of, served
 
 
 def test_one_that_returns_during_a_push_gets_the_newer_version(fleet_of, sync_of, served):
-    fleet, (good, late) = fleet_of()
+    fleet, (_good, late) = fleet_of()
     sync = sync_of(fleet)
     sync.push(served.params, 1)
     (server,) = [each for each in fleet.servers() if each.address == late.address]
@@ -398,7 +397,7 @@ def test_a_gap_that_is_no_number_is_too_wide(real_fleet, sync_of, served, probe)
 
 def test_the_probe_needs_tokens(probe):
     with pytest.raises(UserError, match="no tokens"):
-        Probe([], probe._logps, image_id=0, pictures=list, limit=1.0)
+        Probe([], probe._logps, image_id=0, pictures=lambda _: [], limit=1.0)
 
 
 def test_half_of_the_prompts_have_images(prompter):
