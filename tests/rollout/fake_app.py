@@ -395,7 +395,7 @@ class FakeApp:
                 "rids": self.rids,
                 "running": len(self.engine.running),
                 "waiting": len(self.engine.waiting),
-                "most_running": self.engine.most_running,
+                "most": self.engine.most,
                 "tokens": self.engine.tokens,
                 "image_bytes": self.image_bytes,
                 "aborted": self.engine.aborted,
