@@ -5,20 +5,21 @@ import pytest
 from tests.rollout import contract
 from tests.rollout.fake_sglang import FakeServer
 from tests.rollout.made_up import END, PAD, START, VOCAB
+from tests.rollout.peer import Peer
 
 
 @pytest.fixture(scope="module")
 def fake(made_up_folders):
     first, second = made_up_folders
     with FakeServer(model_path=first, token_seconds=0.005, no_vision_cache=True) as server:
-        yield contract.Peer(server.address, first, second, PAD, START, END, VOCAB)
+        yield Peer(server.address, first, second, PAD, START, END, VOCAB)
 
 
 @pytest.fixture(scope="module")
 def real(real_server, served_versions):
     first, second = served_versions
     config = first.config
-    return contract.Peer(
+    return Peer(
         real_server.addresses[0],
         first.folder,
         second.folder,
