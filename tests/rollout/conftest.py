@@ -4,14 +4,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
 from configs import base
+from tests.rollout.fake_models import Draw, Pseudo, Settings, expand
+from tests.rollout.fake_sglang import FakeServer
+from tests.rollout.made_up import BANNED, PAD, STOP, VOCAB, write_folder
 from tests.rollout.real_sglang import Fleet, serve
 from vtriune_jax import export, models, tiny
 from vtriune_jax.data import digits
 from vtriune_jax.models import weights
+from vtriune_jax.rollout.wire import BAN, wire_prompt
 
 
 class Served(NamedTuple):
@@ -49,7 +54,53 @@ def served_versions(tmp_path_factory) -> tuple[Served, Served]:
 
 
 @pytest.fixture(scope="session")
+def made_up_folders(tmp_path_factory) -> tuple[Path, Path]:
+    """For fake servers: two checkpoints that differ in the language model and the tower."""
+    home = tmp_path_factory.mktemp("made-up")
+    return write_folder(home / "first", 1, 1), write_folder(home / "second", 2, 2)
+
+
+@pytest.fixture(scope="session")
 def real_server(served_versions, tmp_path_factory) -> Fleet:
     """One real server of the first version, shared: who changes its weights puts them back."""
     with serve(served_versions[0].folder, tmp_path_factory.mktemp("fleet")) as fleet:
         yield fleet
+
+
+@pytest.fixture
+def server(made_up_folders):
+    with FakeServer(model_path=made_up_folders[0], weight_version="v0") as server:
+        yield server
+
+
+@pytest.fixture
+def pair(made_up_folders, server):
+    with FakeServer(model_path=made_up_folders[0], weight_version="v0", random_seed=1) as other:
+        yield server, other
+
+
+@pytest.fixture(scope="session")
+def oracle(made_up_folders):
+    """oracle(prompt, ids) → their log-probs under the first folder's weights."""
+    settings = Settings(VOCAB, PAD, frozenset([STOP]), 28 * 28, 28 * 28 * 1280)
+    source = Pseudo(settings)
+    source.load(made_up_folders[0])
+    bias = tuple((i, BAN) for i in BANNED)
+
+    def logps(prompt, ids, temperature=0.8):
+        sent = wire_prompt(prompt, PAD, lambda prompt: prompt.sample.images)
+        draw = Draw(temperature=temperature, bias=bias)
+        (line,) = source.begin(expand(sent.ids, sent.images, settings), draw, 1)
+        source._uniform = lambda: 0.5
+        found = []
+        for i in ids.tolist():
+            source.step(line)
+            state = source._states(line.prompt)[-1]
+            for before in line.ids:
+                state = source._mix(state, before)
+            found.append(source._table(state, line.draw)[0][i])
+            line.ids.append(i)
+            line.state = None
+        return np.array(found, np.float32)
+
+    return logps

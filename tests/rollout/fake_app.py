@@ -25,6 +25,9 @@ from tests.rollout.fake_request import (
     images_of,
     json_of,
     malformed,
+    model_info,
+    server_info,
+    spoil,
 )
 
 ADMIN = (
@@ -180,6 +183,8 @@ class FakeApp:
                 if not self._is_single(body):
                     output["index"] = index
                 await response.write(b"data: " + orjson.dumps(output) + b"\n\n")
+        except ConnectionResetError:
+            return response
         except Crash:
             if request.transport:
                 request.transport.abort()
@@ -281,47 +286,12 @@ class FakeApp:
         return web.Response()
 
     async def model_info(self, _: web.Request) -> web.Response:
-        """The part of it that is the same for all models."""
-        path = self.engine.model_path
-        return answer(
-            {
-                "model_path": path,
-                "served_model_name": path,
-                "tokenizer_path": self.options.model_path,
-                "is_generation": True,
-                "preferred_sampling_params": None,
-                "weight_version": self.engine.version,
-                "load_format": "auto",
-                "has_image_understanding": True,
-                "has_audio_understanding": False,
-                "model_type": "qwen2_5_vl",
-                "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-            }
-        )
+        """The weights that it has."""
+        return answer(model_info(self.engine.model_path, self.engine.version, self.options))
 
     async def server_info(self, _: web.Request) -> web.Response:
-        """The few of its fields that tell the capacity and the state."""
-        capacity, tokens = self.options.capacity, self.options.max_total_tokens
-        return answer(
-            {
-                "model_path": self.options.model_path,
-                "weight_version": self.options.weight_version,  # of the start, as in the real one
-                "context_length": None,
-                "max_running_requests": None,
-                "max_total_tokens": tokens,
-                "max_total_num_tokens": tokens,
-                "max_req_input_len": tokens - 6,
-                "status": "ready",
-                "version": "0.5.21",
-                "internal_states": [
-                    {
-                        "effective_max_running_requests_per_dp": capacity,
-                        "last_gen_throughput": 0.0,
-                        "memory_usage": {"token_capacity": tokens},
-                    }
-                ],
-            }
-        )
+        """The flags of its start, and its capacity."""
+        return answer(server_info(self.options))
 
     async def pause(self, request: web.Request) -> web.Response:
         """In one of three modes."""
@@ -396,7 +366,7 @@ class FakeApp:
                 "rids": self.rids,
                 "running": len(self.engine.running),
                 "waiting": len(self.engine.waiting),
-                "most_running": self.engine.most_running,
+                "most": self.engine.most,
                 "tokens": self.engine.tokens,
                 "image_bytes": self.image_bytes,
                 "aborted": self.engine.aborted,
@@ -405,22 +375,3 @@ class FakeApp:
                 "faults": self.faults,
             }
         )
-
-
-def spoil(output: dict[str, Any], fault: dict[str, Any]) -> None:
-    """Make the answer wrong in the scripted way."""
-    meta = output["meta_info"]
-    if not meta["finish_reason"]:
-        return
-    match fault.get("kind"):
-        case "lengths":
-            meta["output_token_logprobs"].pop()
-        case "tokens":
-            meta["prompt_tokens"] += 1
-        case "ids":
-            output["output_ids"][0] ^= 1
-        case "banned":
-            at = fault.get("at", 0)
-            output["output_ids"][at] = meta["output_token_logprobs"][at][1] = fault["id"]
-        case "version":
-            del meta["weight_versions"], meta["weight_version"]

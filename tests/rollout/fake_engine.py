@@ -54,7 +54,7 @@ class Engine:
         """The mode, while paused."""
         self.hung = 0
         """Requests that will never be answered."""
-        self.tokens = self.aborted = self.most_running = 0
+        self.tokens = self.aborted = self.most = 0
         self._readers = 0
         self._changed = asyncio.Condition()
         self._work = asyncio.Event()
@@ -76,6 +76,7 @@ class Engine:
         """Put a request into the queue."""
         self.known[request.rid] = request
         self.waiting.append(request)
+        self.most = max(self.most, len(self.running) + len(self.waiting))
         self._work.set()
 
     async def run(self) -> None:
@@ -87,7 +88,6 @@ class Engine:
                 continue
             while self.waiting and len(self.running) < self.capacity:
                 self.running.append(self.waiting.pop(0))
-            self.most_running = max(self.most_running, len(self.running))
             await self.source.refresh([r.line for r in self.running])
             for request in self.running:
                 if not request.finish:  # it may have been aborted

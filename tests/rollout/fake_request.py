@@ -1,7 +1,8 @@
-"""What the fake server reads from a request, and how it refuses: SGLang 0.5.21's rules."""
+"""What the fake server reads from a request, how it refuses, and what it tells of itself."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import Any
 
@@ -99,3 +100,61 @@ def images_of(data: Any, prompts: int, single: bool) -> list[list[str]]:
     if len(data) != prompts:
         raise ValueError("The length of image_data should be equal to the batch size.")
     return [each if isinstance(each, list) else [each] for each in data]
+
+
+def model_info(path: str, version: str, options: argparse.Namespace) -> dict[str, Any]:
+    """/model_info: the part of it that is the same for all models."""
+    return {
+        "model_path": path,
+        "served_model_name": path,
+        "tokenizer_path": options.model_path,
+        "is_generation": True,
+        "preferred_sampling_params": None,
+        "weight_version": version,
+        "load_format": "auto",
+        "has_image_understanding": True,
+        "has_audio_understanding": False,
+        "model_type": "qwen2_5_vl",
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    }
+
+
+def server_info(options: argparse.Namespace) -> dict[str, Any]:
+    """/server_info: the few of its fields that tell the capacity and the state."""
+    tokens = options.max_total_tokens
+    state = {
+        "effective_max_running_requests_per_dp": options.capacity,
+        "last_gen_throughput": 0.0,
+        "memory_usage": {"token_capacity": tokens},
+    }
+    return {
+        "model_path": options.model_path,
+        "weight_version": options.weight_version,  # of the start, as in the real one
+        "context_length": None,
+        "max_running_requests": None,
+        "max_total_tokens": tokens,
+        "max_total_num_tokens": tokens,
+        "max_req_input_len": tokens - 6,
+        "status": "ready",
+        "version": "0.5.21",
+        "internal_states": [state],
+    }
+
+
+def spoil(output: dict[str, Any], fault: dict[str, Any]) -> None:
+    """Make the answer wrong in the scripted way."""
+    meta = output["meta_info"]
+    if not meta["finish_reason"]:
+        return
+    match fault.get("kind"):
+        case "lengths":
+            meta["output_token_logprobs"].pop()
+        case "tokens":
+            meta["prompt_tokens"] += 1
+        case "ids":
+            output["output_ids"][0] ^= 1
+        case "banned":
+            at = fault.get("at", 0)
+            output["output_ids"][at] = meta["output_token_logprobs"][at][1] = fault["id"]
+        case "version":
+            del meta["weight_versions"], meta["weight_version"]

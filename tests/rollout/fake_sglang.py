@@ -160,16 +160,18 @@ async def serve(
     ready: threading.Event | None = None,
 ) -> None:
     """Until `stop`, with the connections cut off then."""
-    runner = web.AppRunner(FakeApp(options, die).app(), shutdown_timeout=0, access_log=None)
+    app = FakeApp(options, die).app()
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, options.host, options.port).start()
+    site = web.TCPSite(runner, options.host, options.port)
+    await site.start()
     if ready:
         ready.set()
     await stop.wait()
     for connection in list(runner.server.connections if runner.server else ()):
         if connection.transport:
             connection.transport.abort()
-    await runner.cleanup()
+    await site.stop()  # handlers that hang are cancelled with the loop
 
 
 def main() -> None:

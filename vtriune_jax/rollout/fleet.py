@@ -131,7 +131,11 @@ class Fleet:
 
     def describe(self) -> str:
         """Each server's state, for errors."""
-        said = [f"{each.address} {each.state}: {each.reason}" for each in self.servers()]
+        said = [
+            f"{each.address} is {'paused' if each.paused else each.state}"
+            + (f" ({each.reason})" if each.reason else "")
+            for each in self.servers()
+        ]
         return "; ".join([*said, *([self._complaint] if self._complaint else [])]) or "no servers"
 
     def close(self) -> None:

@@ -149,7 +149,7 @@ class SGLangEngine:
                         for task in running:
                             tasks[task].stop(task)
         except TimeoutError:
-            raise self._too_late([tasks[task] for task in running], len(errands)) from None
+            raise self._too_late([each for each in errands if each.open], len(errands)) from None
         finally:
             self._tally.pending -= len(tasks)
             for task in tasks:
