@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tests.rollout.fake_models import (
@@ -80,12 +83,14 @@ class Checkpoint:
         features = None
         if len(made.vision.segments):
             features = self._encoded(prompt, made.vision)
-        model = models.merge(self._graphdef, self._params)
-        ids = made.ids[None]
-        hidden = model(
-            ids, made.positions[None], np.ones_like(ids), features, made.image_index[None]
+        logps = prompt_logps(
+            self._graphdef,
+            self._params,
+            made.ids[None],
+            made.positions[None],
+            features,
+            made.image_index[None],
         )
-        logps = jax.nn.log_softmax(hidden[0] @ model.head(), axis=-1)
         return np.asarray(logps)[np.arange(len(prompt.ids) - 1), prompt.ids[1:]].tolist()
 
     def _plan(self, lines: Sequence[Line]) -> None:
@@ -152,3 +157,13 @@ class Checkpoint:
             vision=vision,
             grid_thw=grid,
         )
+
+
+@partial(jax.jit, static_argnums=0)
+def prompt_logps(
+    graphdef: Any, params: Any, ids: Any, positions: Any, features: Any, image_index: Any
+) -> jax.Array:
+    """Log-probs of all that may follow each token."""
+    model = models.merge(graphdef, params)
+    hidden = model(ids, positions, jnp.ones_like(ids), features, image_index)
+    return jax.nn.log_softmax(hidden[0] @ model.head(), axis=-1)

@@ -64,7 +64,8 @@ class WeightSync:
         self._server_dir = server_dir or str(publisher.folder)
         self._deadline, self._recovery = deadline, recovery
         self._target: Target | None = None
-        self._loaded: dict[Server, str] = {}
+        self._given: dict[Server, str] = {}
+        """Server → the folder that it was given and, as the probe has found, has."""
         self._continuing: dict[Server, asyncio.Task[None]] = {}
         fleet.on_return = self._on_return
 
@@ -83,9 +84,10 @@ class WeightSync:
             before = self._target.expected if self._target else None
             expected = self._probe.expect(params, name, before)
         ready = time.monotonic()
-        updated, failed = self._fleet.run(self._update(Target(name, path, expected))).result()
+        target = Target(name, path, expected)
+        updated, failed = self._fleet.run(self._update(target)).result()
         done = time.monotonic()
-        findings, silent = self._fleet.run(self._ask(updated, expected)).result()
+        findings, silent = self._fleet.run(self._ask(updated, target)).result()
         probed = time.monotonic()
         agree(self._problem(findings))
         in_use = {server.version for server in self._fleet.servers()}
@@ -125,15 +127,15 @@ class WeightSync:
         return await self._each(ready, lambda server: self._switch(server, target))
 
     async def _ask(
-        self, servers: Sequence[Server], expected: Expected | None
+        self, servers: Sequence[Server], target: Target
     ) -> tuple[list[Finding], list[Server]]:
-        """What the probe finds, and the servers that did not answer it."""
+        """What the probe finds, if there is one, and the servers that did not answer it."""
         probe, findings = self._probe, []
-        if probe is None or expected is None:
-            return [], []
 
         async def ask(server: Server) -> None:
-            findings.append(await probe.ask(self._fleet, server, expected))
+            if probe and target.expected:
+                findings.append(await probe.ask(self._fleet, server, target.expected))
+            self._given[server] = target.path
 
         _, silent = await self._each(servers, ask)
         return findings, silent
@@ -166,10 +168,11 @@ class WeightSync:
                 finding = await self._probe.ask(self._fleet, server, target.expected)
                 if self._probe.is_off(finding):
                     raise Unfit(self._probe.report(finding))
+            self._given[server] = target.path
 
     def _has(self, server: Server, target: Target) -> bool:
-        """Given by this run: an earlier one may have had versions of the same name."""
-        return self._loaded.get(server) == target.path and server.version == target.version
+        """And was found to have it right: an earlier run may have had versions of this name."""
+        return self._given.get(server) == target.path and server.version == target.version
 
     async def _switch(self, server: Server, target: Target) -> None:
         """From pause to continue. Raises one of TROUBLE, and sees to it that it does go on."""
@@ -179,7 +182,6 @@ class WeightSync:
                 await self._load(server, target)
                 await self._post(server, "/continue_generation", {})
         except TROUBLE:
-            self._loaded.pop(server, None)
             if server not in self._continuing:
                 task = asyncio.create_task(self._go_on(server))
                 self._continuing[server] = task
@@ -198,7 +200,6 @@ class WeightSync:
         found = info.get("weight_version") if isinstance(info, dict) else None
         if found != target.version:
             raise Unfit(f"has weights {found!r} after the update to {target.version!r}")
-        self._loaded[server] = target.path
 
     async def _go_on(self, server: Server) -> None:
         """A server that has failed must not stay paused: it would never be well again."""
