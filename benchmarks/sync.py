@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))  # a clone, not an installed package
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    options = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     options.add_argument("--gib", type=float, default=1.0)
     options.add_argument("--folder", type=Path, default=Path("/dev/shm/sync"))
     options.add_argument("--rounds", type=int, default=5)

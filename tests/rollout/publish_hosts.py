@@ -51,7 +51,7 @@ def main(processes: int, process: int, port: int, checkpoint: Path, folder: Path
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        files.Writer.add = full
+        setattr(files.Writer, "add", full)  # noqa: B010
     try:
         publisher.publish(models.split(model)[1], 3)
     except UserError as error:
@@ -61,4 +61,4 @@ def main(processes: int, process: int, port: int, checkpoint: Path, folder: Path
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]), *map(Path, sys.argv[4:]))
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), Path(sys.argv[5]))

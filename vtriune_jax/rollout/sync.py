@@ -64,8 +64,8 @@ class WeightSync:
         self._server_dir = server_dir or str(publisher.folder)
         self._deadline, self._recovery = deadline, recovery
         self._target: Target | None = None
-        self._given: dict[Server, str] = {}
-        """Server → the folder that it was given and, as the probe has found, has."""
+        self._given: dict[Server, Target] = {}
+        """Server → what it was given and, as the probe has found, has."""
         self._continuing: dict[Server, asyncio.Task[None]] = {}
         fleet.on_return = self._on_return
 
@@ -135,7 +135,7 @@ class WeightSync:
         async def ask(server: Server) -> None:
             if probe and target.expected:
                 findings.append(await probe.ask(self._fleet, server, target.expected))
-            self._given[server] = target.path
+            self._given[server] = target
 
         _, silent = await self._each(servers, ask)
         return findings, silent
@@ -168,11 +168,11 @@ class WeightSync:
                 finding = await self._probe.ask(self._fleet, server, target.expected)
                 if self._probe.is_off(finding):
                     raise Unfit(self._probe.report(finding))
-            self._given[server] = target.path
+            self._given[server] = target
 
     def _has(self, server: Server, target: Target) -> bool:
         """And was found to have it right: an earlier run may have had versions of this name."""
-        return self._given.get(server) == target.path and server.version == target.version
+        return self._given.get(server) is target and server.version == target.version
 
     async def _switch(self, server: Server, target: Target) -> None:
         """From pause to continue. Raises one of TROUBLE, and sees to it that it does go on."""
