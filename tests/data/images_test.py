@@ -255,3 +255,20 @@ def test_damaged_files_decode_or_raise_user_error(kind, edits, cut):
     except UserError as error:
         fault = str(error)
     assert not fault or (fault.startswith("x: ") and "\n" not in fault)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+@pytest.mark.parametrize("size", [(56, 84), (101, 75)])
+def test_a_picture_as_it_is_seen_is_seen_the_same_again(processor, mode, size):
+    """What goes to a rollout server: no processor resizes it, and its patches are the trainer's."""
+    noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(buffer := io.BytesIO(), "PNG")
+    data, how = buffer.getvalue(), processor.image_processor
+    patches, grid = images.patches([data], how, "test")
+    seen = int(grid[0, 2]) * 14, int(grid[0, 1]) * 14
+    sent = images.as_png(data, seen, how, "test")
+    assert Image.open(io.BytesIO(sent)).size == seen
+    again, same = images.patches([sent], how, "test")
+    np.testing.assert_array_equal(again, patches)
+    np.testing.assert_array_equal(same, grid)
+    assert (sent == data) == (mode == "RGB" and size == (56, 84))

@@ -252,6 +252,8 @@ class FakeApp:
                         k = waits.pop(task)
                         if not task.result():
                             waits[asyncio.create_task(lines[k].chunks.get())] = k
+                            if lines[k].finish:
+                                continue  # the next chunk is its last
                         output = self.engine.output(lines[k], wants)
                         spoil(output, FAULT.get())
                         yield k, output

@@ -172,6 +172,8 @@ class Errand:
                 for event in events:
                     number, output = read_event(event, len(wanted))
                     meta = output["meta_info"]
+                    if number not in left:
+                        continue  # it has come to its end
                     if not meta["finish_reason"]:
                         self._live[wanted[number]] = meta["id"]
                         if self._stopping:

@@ -16,6 +16,7 @@ methods that change a server run on that loop (`run` brings them there); `server
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -183,9 +184,10 @@ class Fleet:
 
     def open(self, server: Server, path: str, body: bytes) -> Any:
         """A POST whose answer is read as it comes, as an async context manager."""
+        large = len(body) > 2**20  # aiohttp warns of such bytes, but not of files
         return self._session.post(
             server.address + path,
-            data=body,
+            data=io.BytesIO(body) if large else body,
             headers=self._headers(admin=False),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
         )
@@ -273,8 +275,8 @@ class Fleet:
         return headers | ({"Authorization": f"Bearer {key}"} if key else {})
 
     async def _open(self) -> None:
-        # New connections cost little, and one that the server has just closed costs a request.
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        # SGLang closes an idle connection after 5 seconds; to use it then would cost a request.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
         self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
         self._spawn(self._watch())
 
