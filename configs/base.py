@@ -165,6 +165,12 @@ def get_config() -> Any:
         top_p=1.0,  # sample from the fewest tokens that have this probability; 1.0 is off
         top_k=0,  # sample from this many best tokens; 0 is off
     )
+    config["rollout"] = dict(
+        # Updates that may pass between sampling and training: at 0 every step samples from the
+        # parameters that it trains, at 1 the next step's completions are begun before the update,
+        # at n those of n steps are on their way. Above 0 wants grpo.tis_cap, as 2.0.
+        ahead=0,
+    )
     # Devices along each axis of the mesh; one of the three may be -1, "the rest".
     config["mesh"] = dict(
         data=1,  # copies of the parameters

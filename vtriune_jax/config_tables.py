@@ -106,6 +106,7 @@ RULES: tuple[tuple[str, Test, str], ...] = (
     ),
     (r"grpo\.top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
     (r"grpo\.top_k", not_negative, "0 (off) or more"),
+    (r"rollout\.ahead", not_negative, "0 or more"),
     (r"mesh\.\w+", lambda size: size == -1 or size > 0, "above 0, or -1 for the rest"),
     (r"verifiers\.mode", *one_of("server", "in_process")),
     (r"verifiers\.(workers|timeout_seconds|deadline_seconds)", positive, "above 0"),
@@ -152,6 +153,16 @@ RELATIONS: tuple[tuple[Test, str, tuple[str, ...]], ...] = (
         ),
         '{0} needs grpo.old="recomputed", not {1}, whose ratio is to the sampler already',
         ("grpo.tis_cap", "grpo.old", "grpo.minibatches", "grpo.epochs"),
+    ),
+    (
+        lambda ahead, cap: not ahead or cap > 0,
+        "{0} trains on completions of an earlier policy: set {1} above 0, as 2.0",
+        ("rollout.ahead", "grpo.tis_cap"),
+    ),
+    (
+        lambda ahead, refill: ahead <= 1 or not refill,
+        "{0} above 1 needs {1} = 0: how many prompts a step takes must be known before the next",
+        ("rollout.ahead", "grpo.refill"),
     ),
     (
         lambda dual_clip, loss: not dual_clip or loss != "cispo",

@@ -28,7 +28,7 @@ from vtriune_jax.stages import Stage
 from vtriune_jax.types import Batch, Completion, Group, Prompt, TrainState, Verdict
 
 Features = Float[Array, "groups units embed"] | None
-Encode = Callable[[Any, Sequence[Prompt]], Features]
+Encode = Callable[[Any, Sequence[Prompt]], Float[Array, "groups units embed"]]
 Update = Callable[[TrainState, Batch, int], tuple[TrainState, Sums]]
 
 
@@ -38,7 +38,7 @@ class Compiled:
 
     state: TrainState
     encode: Encode
-    """Images → features for `respond`; None where neither it nor the update needs them."""
+    """Images → features, for the in-process sampler and the update of a frozen tower."""
     update: Update
     """All minibatches of the batch of a step, one after the other, and the sums over them."""
     vision_frozen: bool
@@ -61,9 +61,7 @@ def compiled(stage: Stage, params: Any, parts: Parts) -> Compiled:
         micro_batches=parts.config.batch.micro_batches,
     )
 
-    def encode(params: Any, prompts: Sequence[Prompt]) -> Features:
-        if not (vision_frozen or stage.sampling):
-            return None
+    def encode(params: Any, prompts: Sequence[Prompt]) -> Float[Array, "groups units embed"]:
         return jax.block_until_ready(parts.encode(params, prompts))
 
     annotate = annotation(stage, params, parts)
@@ -106,10 +104,10 @@ def annotation(stage: Stage, start: Any, parts: Parts) -> Callable[[Any, Batch],
 def respond(
     stage: Stage,
     step: int,
+    parts: Parts,
     params: Any,
     prompts: Sequence[Prompt],
     features: Features,
-    parts: Parts,
     drawn: int = 0,
 ) -> list[Group]:
     """n completions of every prompt, or its demonstration.

@@ -5,17 +5,18 @@ data → prompts → rollout → verifiers → advantages → update → metrics
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vtriune_jax import metrics
+from vtriune_jax.ahead import Ahead
 from vtriune_jax.assemble import Parts, assemble
 from vtriune_jax.checkpoint import Checkpointer
-from vtriune_jax.collect import collect
+from vtriune_jax.collect import Collected, collect
 from vtriune_jax.data.feed import Feed, feed, tell
 from vtriune_jax.data.mixture import Mixture
 from vtriune_jax.data.packing import check_fits, pack
@@ -25,8 +26,10 @@ from vtriune_jax.finish import finish
 from vtriune_jax.metrics import SourceMean
 from vtriune_jax.models import lora
 from vtriune_jax.stages import Stage, plan
-from vtriune_jax.steps import advantages, compiled, demonstration
-from vtriune_jax.types import Prompt, Sample, TrainState
+from vtriune_jax.steps import Compiled, advantages, compiled, demonstration, respond
+from vtriune_jax.timeline import Clock, Timeline
+from vtriune_jax.types import Batch, Group, Prompt, Sample, TrainState
+from vtriune_jax.waiting import first_from, from_arrays, to_arrays
 from vtriune_jax.writers import MetricsWriter, Progress
 
 
@@ -65,36 +68,76 @@ def train(
     with (
         Checkpointer(folder, config.checkpoint.every, config.checkpoint.keep) as checkpoints,
         feed(config.data.threads, config.data.on_bad_row) as source,
+        Timeline(workdir / "timeline.json") as timeline,
     ):
-        done, taken, seconds = 0, 0, 0.0
+        done, taken, seconds, waiting = 0, 0, 0.0, []
         if restored := checkpoints.restore(kept(state)):
-            saved, position = restored
-            state = replace(saved, params=lora.put_back(state.params, saved.params))
-            done, taken, seconds = (position[key] for key in ("done", "taken", "seconds"))
-            mixture.restore(position["data"])
+            state = replace(
+                restored.state, params=lora.put_back(state.params, restored.state.params)
+            )
+            done, taken, seconds = (restored.extra[key] for key in ("done", "taken", "seconds"))
+            mixture.restore(restored.extra["data"])
+            waiting = from_arrays(restored.waiting, parts.prompter.decode)
         if done < stage.steps:
             writer.resume(stage.start + done)
         began = time.monotonic() - seconds
         prompts = prompts_ahead(stage, done, taken, mixture, parts, source)
-        for step in range(done, stage.steps):
-            clock = Clock()
-            got = collect(stage, step, state.params, prompts, do, parts, clock)
-            tell(got.skipped, f"{stage.name} step {step + 1}")
-            with clock("update"):
-                values, weights = advantages(stage, got.groups, got.verdicts, got.used)
-                rows = got.groups, values, weights, parts.source_index, parts.slots, got.features
-                state, sums = do.update(state, pack(*rows), step)
-            left_out = [row.data_source for row in got.skipped]
-            record = metrics.finish(
-                sums, *got.drawn, parts.sources, clock.seconds, left_out, got.refill
-            )
-            writer.write(stage.start + step, record, stage.name)
-            progress(stage.name, step + 1, stage.steps, record)
+
+        def begin(step: int, params: Any, first: Any, clock: Clock) -> Collected:
+            answer = partial(respond, stage, step, parts)
+            answer = first_from(waiting, answer) if step == done else answer
+            encode = do.encode if stage.sampling else None
+            return collect(stage, step, params, first, prompts, answer, encode, parts, clock)
+
+        def save(step: int, position: dict[str, Any], groups: Sequence[Group] = ()) -> None:
             seconds = time.monotonic() - began
-            position = {"done": step + 1, "seconds": seconds} | prompts.position()
-            last = step + 1 == stage.steps
-            (checkpoints.save if last else checkpoints.maybe)(step + 1, kept(state), position)
+            extra = {"done": step, "seconds": seconds} | position
+            checkpoints.save(step, kept(state), extra, to_arrays(groups))
+
+        ahead = Ahead(
+            begin,
+            prompts,
+            partial(timeline.clock, stage.name),
+            ahead=config.rollout.ahead if stage.sampling else 0,
+            last=stage.steps,
+            threads=False,
+        )
+        with ahead:
+            for step in range(done, stage.steps):
+                if step > done and checkpoints.due(step):
+                    save(step, *ahead.position())
+                got, clock = ahead.take(step, state.params)
+                tell(got.skipped, f"{stage.name} step {step + 1}")
+                with clock("update"):
+                    batch = packed(stage, got, do, state.params, parts)
+                    state, sums = do.update(state, batch, step)
+                record = metrics.finish(
+                    sums,
+                    got.all_groups if got.all_verdicts else [],
+                    got.all_verdicts,
+                    parts.sources,
+                    clock.seconds,
+                    [row.data_source for row in got.skipped],
+                    got.refill,
+                )
+                writer.write(stage.start + step, record, stage.name)
+                progress(stage.name, step + 1, stage.steps, record)
+            if done < stage.steps:
+                save(stage.steps, *ahead.position())
+                seconds = time.monotonic() - began
     return state.params, seconds
+
+
+def packed(stage: Stage, got: Collected, do: Compiled, params: Any, parts: Parts) -> Batch:
+    """The rows of a step; a frozen vision tower encodes the images of each group here if sampling
+    has not done so."""
+    features = None
+    if do.vision_frozen:
+        features = got.features
+        if features is None:
+            features = do.encode(params, [group.prompt for group in got.groups])
+    values, weights = advantages(stage, got.groups, got.verdicts, got.used)
+    return pack(got.groups, values, weights, parts.source_index, parts.slots, features)
 
 
 def kept(state: TrainState) -> TrainState:
@@ -125,7 +168,7 @@ def prompts_ahead(
     first, begun = divmod(taken, stage.prompts)
     most = (stage.steps - done) * (stage.refill + 1) + bool(begun)
     chunks = source.ahead(prepare, range(first, first + most))
-    return PromptStream(chunks, stage.prompts, taken)
+    return PromptStream(chunks, stage.prompts, taken, mixture.state())
 
 
 def heldout_before(parts: Parts, params: Any, workdir: Path) -> dict[str, SourceMean]:
@@ -136,17 +179,3 @@ def heldout_before(parts: Parts, params: Any, workdir: Path) -> dict[str, Source
         means = evaluate(parts, params).means()
         save_means(path, means)
     return means
-
-
-class Clock:
-    """Wall seconds per part of a step, for the metrics `time/<part>`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        """Times a `with` block."""
-        start = time.monotonic()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - start

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from vtriune_jax.data.feed import Skipped
@@ -32,14 +33,23 @@ class Chunk:
 
 
 class PromptStream:
-    """`chunks` of `size` prompts, from the one in which prompt number `taken` lies."""
+    """`chunks` of `size` prompts, from the one in which prompt number `taken` lies.
 
-    def __init__(self, chunks: Iterator[Chunk], size: int, taken: int = 0):
+    `data` is where the mixture stands before them.
+    """
+
+    def __init__(
+        self,
+        chunks: Iterator[Chunk],
+        size: int,
+        taken: int = 0,
+        data: Mapping[str, int] = MappingProxyType({}),
+    ):
         self._chunks = chunks
         self._size = size
         self._taken = self._known = taken
         self._held: deque[Chunk] = deque()
-        self._data: Mapping[str, int] = {}
+        self._data = data
 
     def take(self) -> tuple[list[Prompt], list[Skipped]]:
         """The next `size` prompts, and the rows newly passed over."""
