@@ -105,7 +105,10 @@ class Completion:
     logps: np.ndarray
     """[tokens] float32, of the sampling distribution."""
     text: str
-    finish: Literal["stop", "length"]
+    finish: Literal["stop", "length", "abort"]
+    """`abort`: it was interrupted, and can be continued."""
+    versions: tuple[tuple[str | int, int, int], ...] = ()
+    """(version of the weights, from token, to token) in order, where the engine tells."""
 
 
 @dataclass(frozen=True)

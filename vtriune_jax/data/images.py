@@ -103,6 +103,23 @@ def decode(data: bytes, where: str) -> Image.Image:
         ) from error
 
 
+def as_png(data: bytes, size: tuple[int, int], processor: Any, where: str) -> bytes:
+    """The picture as `patches` cuts it, `size` = (width, height) pixels: no processor that allows
+    this size resizes it again, so that a server sees the trainer's pixels.
+
+    A plain PNG of this size stays as it is. Raises UserError as `decode`.
+    """
+    if data.startswith(b"\x89PNG") and b"eXIf" not in data:
+        image = Image.open(io.BytesIO(data))
+        if image.mode == "RGB" and image.size == size and "transparency" not in image.info:
+            return data
+    picture = decode(data, where)
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling(processor.resample))
+    picture.save(buffer := io.BytesIO(), "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def pixel_limits(
     processor: Qwen2VLImageProcessorPil, min_pixels: int | None, max_pixels: int | None
 ) -> tuple[int, int]:

@@ -163,6 +163,16 @@ class Prompter:
             for message, text in zip(sample.messages, texts, strict=True)
         ]
 
+    def pictures(self, prompt: Prompt) -> list[bytes]:
+        """The images of a prompt as PNGs of the size at which the model sees them."""
+        processor, sample = self._processor.image_processor, prompt.sample
+        where = f"sample {sample.id} of {sample.data_source}"
+        side = processor.patch_size
+        return [
+            images.as_png(data, (int(columns) * side, int(rows) * side), processor, where)
+            for data, (_, rows, columns) in zip(sample.images, prompt.grid_thw, strict=True)
+        ]
+
     def encode_completion(self, text: str) -> np.ndarray:
         """Token ids of a completion with the stop token at its end, for supervised fine-tuning."""
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
