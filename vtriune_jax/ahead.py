@@ -19,10 +19,14 @@ from typing import Any
 from vtriune_jax.collect import Collected
 from vtriune_jax.data.feed import Skipped
 from vtriune_jax.data.stream import PromptStream
+from vtriune_jax.tail import TailStream
 from vtriune_jax.timeline import Clock
 from vtriune_jax.types import Group, Prompt
 
-Collect = Callable[[int, Any, tuple[list[Prompt], list[Skipped]], Clock], Collected]
+Prompts = PromptStream | TailStream
+Drawn = tuple[list[Prompt], list[Skipped]]
+"""Prompts, and the rows passed over on the way to them."""
+Collect = Callable[[int, Any, Drawn, Clock], Collected]
 """(step, parameters, the step's first prompts, clock) → its completions."""
 
 
@@ -43,7 +47,7 @@ class Ahead:
     def __init__(
         self,
         collect: Collect,
-        prompts: PromptStream,
+        prompts: Prompts,
         clock: Callable[[int], Clock],
         *,
         ahead: int,
@@ -81,11 +85,14 @@ class Ahead:
         """Where a run must go on that has trained on all that was taken, and what waits for it:
         all completions of the next step, in the order drawn, if they have been begun.
 
-        Waits for these. Completions of steps after that are drawn again by a run that goes on.
+        Waits for these. Others are drawn again by a run that goes on: those of later steps, and
+        with over-sampling all, since which prompts are complete first is not the same twice.
         """
         if not self._begun:
             return self._prompts.position(), []
         following = self._begun[0]
+        if isinstance(self._prompts, TailStream):
+            return dict(following.before), []
         return dict(following.before), following.future.result().all_groups
 
     def _begin(self, step: int, params: Any) -> None:

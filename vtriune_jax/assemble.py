@@ -54,6 +54,11 @@ class Parts:
     verifiers: VerifierClient | InProcess
 
     @property
+    def remote(self) -> bool:
+        """Whether completions come from other machines, with their own copy of the weights."""
+        return self.config.rollout.engine != "local"
+
+    @property
     def source_index(self) -> dict[str, int]:
         """Place of each data source in per-source sums."""
         return {name: i for i, name in enumerate(self.sources)}

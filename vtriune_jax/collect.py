@@ -23,6 +23,7 @@ from vtriune_jax.data.stream import PromptStream
 from vtriune_jax.metrics import Refill
 from vtriune_jax.stages import Stage
 from vtriune_jax.steps import Encode, Features, shaped, verify
+from vtriune_jax.tail import TailStream
 from vtriune_jax.types import Group, Prompt, Verdict
 
 Clock = Callable[[str], AbstractContextManager[None]]
@@ -55,7 +56,7 @@ def collect(
     step: int,
     params: Any,
     first: tuple[list[Prompt], list[Skipped]],
-    prompts: PromptStream,
+    prompts: PromptStream | TailStream,
     respond: Respond,
     encode: Encode | None,
     parts: Parts,

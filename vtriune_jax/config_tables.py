@@ -81,7 +81,11 @@ RULES: tuple[tuple[str, Test, str], ...] = (
     (r"model\.tiny\.(vocab_size|hidden|intermediate|layers|heads|kv_heads)", positive, "above 0"),
     (r"model\.tiny\.(vision_\w+|window_size)", positive, "above 0"),
     (r"data\.train", weighted, '(source, weight above 0) pairs, as in (("digits/counting", 1.0),)'),
-    (r"data\.heldout|verifiers\.addresses", strings, 'strings, as in ("digits/counting",)'),
+    (
+        r"data\.heldout|(verifiers|rollout)\.addresses",
+        strings,
+        'strings, as in ("digits/counting",)',
+    ),
     (r"data\.(min|max)_pixels", lambda area: area >= 28 * 28, "at least 784, one 28×28 token"),
     (r"data\.on_bad_row", *one_of("error", "skip")),
     (r"data\.threads", positive, "above 0"),
@@ -106,7 +110,10 @@ RULES: tuple[tuple[str, Test, str], ...] = (
     ),
     (r"grpo\.top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
     (r"grpo\.top_k", not_negative, "0 (off) or more"),
-    (r"rollout\.ahead", not_negative, "0 or more"),
+    (r"rollout\.engine", *one_of("local", "sglang")),
+    (r"rollout\.(ahead|carry|over_sampling|probe_prompts)", not_negative, "0 or more"),
+    (r"rollout\.(deadline_seconds|probe_gap)", positive, "above 0"),
+    (r"rollout\.weights_dtype", *one_of("float32", "bfloat16")),
     (r"mesh\.\w+", lambda size: size == -1 or size > 0, "above 0, or -1 for the rest"),
     (r"verifiers\.mode", *one_of("server", "in_process")),
     (r"verifiers\.(workers|timeout_seconds|deadline_seconds)", positive, "above 0"),
@@ -165,6 +172,21 @@ RELATIONS: tuple[tuple[Test, str, tuple[str, ...]], ...] = (
         ("rollout.ahead", "grpo.refill"),
     ),
     (
+        lambda engine, addresses: (engine == "sglang") == bool(addresses),
+        '{0} and {1} do not go together: "sglang" needs addresses, "local" has none',
+        ("rollout.engine", "rollout.addresses"),
+    ),
+    (
+        lambda extra, engine, refill: not extra or (engine == "sglang" and not refill),
+        '{0} needs "sglang", not {1}, and {2} = 0',
+        ("rollout.over_sampling", "rollout.engine", "grpo.refill"),
+    ),
+    (
+        lambda engine, top_p, top_k: engine == "local" or (top_p == 1 and top_k == 0),
+        "{0} needs {1} = 1 and {2} = 0: servers tell log-probs of what those leave",
+        ("rollout.engine", "grpo.top_p", "grpo.top_k"),
+    ),
+    (
         lambda dual_clip, loss: not dual_clip or loss != "cispo",
         "{0} does nothing with {1}, whose weight is clipped for every advantage; set it to 0",
         ("grpo.dual_clip", "grpo.loss"),
@@ -202,6 +224,9 @@ RELATIONS: tuple[tuple[Test, str, tuple[str, ...]], ...] = (
 )
 """What several keys must satisfy together; {0} is the first one with its value."""
 
-FREE = r"data\.(cache|threads)|(verifiers|mesh|checkpoint|log)\..*"
+FREE = (
+    r"data\.(cache|threads)|(verifiers|mesh|checkpoint|log)\..*"
+    r"|rollout\.(addresses|deadline_seconds|weights_folder\w*|probe_\w+)"
+)
 """Keys that a resumed run may change, beside the steps of its last stage: how long, on what and how
 loudly, not what is learnt."""

@@ -5,32 +5,37 @@ data → prompts → rollout → verifiers → advantages → update → metrics
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vtriune_jax import metrics
-from vtriune_jax.ahead import Ahead
+from vtriune_jax.ahead import Ahead, Drawn, Prompts
 from vtriune_jax.assemble import Parts, assemble
 from vtriune_jax.checkpoint import Checkpointer
-from vtriune_jax.collect import Collected, collect
+from vtriune_jax.collect import Collected, Respond, collect
 from vtriune_jax.data.feed import Feed, feed, tell
 from vtriune_jax.data.mixture import Mixture
 from vtriune_jax.data.packing import check_fits, pack
-from vtriune_jax.data.stream import Chunk, PromptStream
+from vtriune_jax.data.stream import Chunk, PromptStream, Ticket
 from vtriune_jax.evaluate import evaluate, read_means, save_means
 from vtriune_jax.finish import finish
 from vtriune_jax.metrics import SourceMean
 from vtriune_jax.models import lora
 from vtriune_jax.stages import Stage, plan
 from vtriune_jax.steps import Compiled, advantages, compiled, demonstration, respond
+from vtriune_jax.tail import TailStream
 from vtriune_jax.timeline import Clock, Timeline
-from vtriune_jax.types import Batch, Group, Prompt, Sample, TrainState
+from vtriune_jax.types import Batch, Prompt, Sample, TrainState
 from vtriune_jax.waiting import first_from, from_arrays, to_arrays
 from vtriune_jax.writers import MetricsWriter, Progress
+
+START: Mapping[str, Any] = {"done": 0, "taken": 0, "data": {}, "seconds": 0.0}
+"""Where a stage begins, as a checkpoint says it."""
 
 
 def run(config: Any, workdir: Path) -> None:
@@ -48,11 +53,12 @@ def run(config: Any, workdir: Path) -> None:
         params, before, seconds = parts.params, {}, 0.0
         for stage in stages:
             if stage is stages[-1]:
-                before = heldout_before(parts, params, workdir)
+                before = heldout_before(parts, params, stage.start, workdir)
             params, spent = train(stage, params, parts, writer, workdir)
             seconds += spent
         steps = sum(stage.steps for stage in stages)
-        finish(parts, workdir, params, before, evaluate(parts, params), steps, seconds)
+        heldout = evaluate(parts, params, version=steps)
+        finish(parts, workdir, params, before, heldout, steps, seconds)
 
 
 def train(
@@ -61,8 +67,7 @@ def train(
     """Trains one stage to its end; returns the parameters and the seconds that it took in all."""
     config = parts.config
     do = compiled(stage, params, parts)
-    state = do.state
-    mixture = Mixture(parts.train, seed=config.seed + stage.number)
+    state, position, ready = do.state, START, []
     progress = Progress(workdir, every=config.log.seconds)
     folder = workdir / "checkpoints" / stage.name
     with (
@@ -70,47 +75,52 @@ def train(
         feed(config.data.threads, config.data.on_bad_row) as source,
         Timeline(workdir / "timeline.json") as timeline,
     ):
-        done, taken, seconds, waiting = 0, 0, 0.0, []
         if restored := checkpoints.restore(kept(state)):
             state = replace(
                 restored.state, params=lora.put_back(state.params, restored.state.params)
             )
-            done, taken, seconds = (restored.extra[key] for key in ("done", "taken", "seconds"))
-            mixture.restore(restored.extra["data"])
-            waiting = from_arrays(restored.waiting, parts.prompter.decode)
+            position = restored.extra
+            ready = from_arrays(restored.waiting, parts.prompter.decode)
+        done, seconds = position["done"], position["seconds"]
         if done < stage.steps:
             writer.resume(stage.start + done)
         began = time.monotonic() - seconds
-        prompts = prompts_ahead(stage, done, taken, mixture, parts, source)
+        prompts = prompts_ahead(stage, position, parts, source)
 
-        def begin(step: int, params: Any, first: Any, clock: Clock) -> Collected:
-            answer = partial(respond, stage, step, parts)
-            answer = first_from(waiting, answer) if step == done else answer
-            encode = do.encode if stage.sampling else None
+        def sample(step: int, params: Any, first: Drawn, clock: Clock) -> Collected:
+            answer = responder(stage, step, prompts, parts)
+            answer = first_from(ready, answer) if step == done else answer
+            encode = do.encode if stage.sampling and not parts.remote else None
             return collect(stage, step, params, first, prompts, answer, encode, parts, clock)
 
-        def save(step: int, position: dict[str, Any], groups: Sequence[Group] = ()) -> None:
-            seconds = time.monotonic() - began
-            extra = {"done": step, "seconds": seconds} | position
-            checkpoints.save(step, kept(state), extra, to_arrays(groups))
+        def save(step: int) -> None:
+            where, waiting = rollouts.position()
+            extra = where | {"done": step, "seconds": time.monotonic() - began}
+            checkpoints.save(step, kept(state), extra, to_arrays(waiting))
 
-        ahead = Ahead(
-            begin,
+        with Ahead(
+            sample,
             prompts,
             partial(timeline.clock, stage.name),
             ahead=config.rollout.ahead if stage.sampling else 0,
             last=stage.steps,
-            threads=False,
-        )
-        with ahead:
+            threads=parts.remote,
+        ) as rollouts:
+            if stage.sampling and done < stage.steps:
+                parts.engine.push(state.params, stage.start + done)
             for step in range(done, stage.steps):
                 if step > done and checkpoints.due(step):
-                    save(step, *ahead.position())
-                got, clock = ahead.take(step, state.params)
+                    save(step)
+                got, clock = rollouts.take(step, state.params)
                 tell(got.skipped, f"{stage.name} step {step + 1}")
                 with clock("update"):
-                    batch = packed(stage, got, do, state.params, parts)
-                    state, sums = do.update(state, batch, step)
+                    state, sums = do.update(
+                        state, packed(stage, got, do, state.params, parts), step
+                    )
+                pushed = {}
+                if stage.sampling:
+                    with clock("sync"):
+                        pushed = parts.engine.push(state.params, stage.start + step + 1)
                 record = metrics.finish(
                     sums,
                     got.all_groups if got.all_verdicts else [],
@@ -120,10 +130,10 @@ def train(
                     [row.data_source for row in got.skipped],
                     got.refill,
                 )
-                writer.write(stage.start + step, record, stage.name)
+                writer.write(stage.start + step, record | pushed, stage.name)
                 progress(stage.name, step + 1, stage.steps, record)
             if done < stage.steps:
-                save(stage.steps, *ahead.position())
+                save(stage.steps)
                 seconds = time.monotonic() - began
     return state.params, seconds
 
@@ -145,16 +155,14 @@ def kept(state: TrainState) -> TrainState:
     return replace(state, params=lora.kept(state.params))
 
 
-def prompts_ahead(
-    stage: Stage, done: int, taken: int, mixture: Mixture, parts: Parts, source: Feed
-) -> PromptStream:
+def prompts_ahead(stage: Stage, position: Mapping[str, Any], parts: Parts, source: Feed) -> Prompts:
     """The prompts of the remaining steps, the next ones prepared while the last ones are used.
 
-    Without dynamic sampling a step has one chunk, of its own number. `taken` prompts were used in
-    the `done` steps.
+    Without dynamic sampling or over-sampling a step has one chunk, of its own number.
     """
+    mixture = Mixture(parts.train, seed=parts.config.seed + stage.number)
 
-    def prepare(number: int) -> Chunk:
+    def prepare(number: int, mixture: Mixture = mixture) -> Chunk:
         def make(sample: Sample) -> Prompt:
             prompt = parts.prompter(sample, number)
             answer = 0 if stage.sampling else len(demonstration(prompt, parts).ids)
@@ -165,17 +173,36 @@ def prompts_ahead(
         good, bad = source.draw(mixture, stage.prompts, make)
         return Chunk(number, good, bad, before, mixture.state())
 
-    first, begun = divmod(taken, stage.prompts)
-    most = (stage.steps - done) * (stage.refill + 1) + bool(begun)
+    def again(ticket: Ticket) -> tuple[Prompt, Ticket]:
+        there = Mixture(parts.train, seed=parts.config.seed + stage.number).restore(ticket["data"])
+        chunk, place = divmod(ticket["number"], stage.prompts)
+        return prepare(chunk, there).prompts[place], ticket
+
+    left = [again(ticket) for ticket in position.get("left", ())]
+    if position["data"]:
+        mixture.restore(position["data"])
+    extra = math.ceil(parts.config.rollout.over_sampling * stage.prompts) if stage.sampling else 0
+    first, begun = divmod(position["taken"], stage.prompts)
+    most = (stage.steps - position["done"]) * (stage.refill + 1) + bool(begun)
+    most += math.ceil(extra * (parts.config.rollout.ahead + 1) / stage.prompts)
     chunks = source.ahead(prepare, range(first, first + most))
-    return PromptStream(chunks, stage.prompts, taken, mixture.state())
+    stream = PromptStream(chunks, stage.prompts, position["taken"], mixture.state())
+    return TailStream(stream, extra, parts.engine.may_continue, left) if extra else stream
 
 
-def heldout_before(parts: Parts, params: Any, workdir: Path) -> dict[str, SourceMean]:
+def responder(stage: Stage, step: int, prompts: Prompts, parts: Parts) -> Respond:
+    """What completes the prompts of a step: all of them, or of more prompts the first ones."""
+    if not isinstance(prompts, TailStream):
+        return partial(respond, stage, step, parts)
+    submit = partial(parts.engine.submit, stage.sampling)
+    return lambda params, drawn, features, before: prompts.answer(submit, drawn)
+
+
+def heldout_before(parts: Parts, params: Any, version: int, workdir: Path) -> dict[str, SourceMean]:
     """Held-out rewards before the last stage; a resumed run takes those of its first start."""
     path = workdir / "heldout_before.json"
     means = read_means(path)
     if means is None:
-        means = evaluate(parts, params).means()
+        means = evaluate(parts, params, version).means()
         save_means(path, means)
     return means
