@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from configs import base
+from tests.rollout.made_up import write_folder
 from tests.rollout.real_sglang import Fleet, serve
 from vtriune_jax import export, models, tiny
 from vtriune_jax.data import digits
@@ -46,6 +47,13 @@ def served_versions(tmp_path_factory) -> tuple[Served, Served]:
     return exported(home / "first", source, model, 6.0), exported(
         home / "second", source, model, 5.0
     )
+
+
+@pytest.fixture(scope="session")
+def made_up_folders(tmp_path_factory) -> tuple[Path, Path]:
+    """For fake servers: two checkpoints that differ in the language model and the tower."""
+    home = tmp_path_factory.mktemp("made-up")
+    return write_folder(home / "first", 1, 1), write_folder(home / "second", 2, 2)
 
 
 @pytest.fixture(scope="session")
