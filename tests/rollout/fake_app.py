@@ -225,10 +225,11 @@ class FakeApp:
                 source = self.engine.source
                 drawn = await asyncio.to_thread(source.begin, prompt, draws[i], n)
                 logps = None
-                if wants and body.get("logprob_start_len", -1) == 0:
-                    found = await asyncio.to_thread(source.prompt_logps, prompt)
+                start = body.get("logprob_start_len", -1)
+                if wants and start >= 0:
+                    found = (await asyncio.to_thread(source.prompt_logps, prompt))[start:]
                     pad = self.settings.image_pad
-                    shown = [0 if each == pad else each for each in prompt.ids]
+                    shown = [0 if each == pad else each for each in prompt.ids[start:]]
                     logps = [[p, each, None] for p, each in zip([None, *found], shown, strict=True)]
                 for line in drawn:
                     rid = rids[i] if n == 1 else uuid.uuid4().hex

@@ -76,12 +76,16 @@ class Checkpoint:
 
     def prompt_logps(self, prompt: Expanded) -> list[float]:
         """Of every id but the first, at temperature 1."""
-        inputs = {"input_ids": np.array([prompt.ids], np.int32)}
-        if prompt.pictures:
-            pixels, grid = self._patches(prompt)
-            inputs |= {"pixel_values": pixels, "image_grid_thw": grid}
+        made = self._prompt(prompt, ())
+        features = None
+        if len(made.vision.segments):
+            features = self._encoded(prompt, made.vision)
         model = models.merge(self._graphdef, self._params)
-        logps = jax.nn.log_softmax(models.forward(model, inputs)[0], axis=-1)
+        ids = made.ids[None]
+        hidden = model(
+            ids, made.positions[None], np.ones_like(ids), features, made.image_index[None]
+        )
+        logps = jax.nn.log_softmax(hidden[0] @ model.head(), axis=-1)
         return np.asarray(logps)[np.arange(len(prompt.ids) - 1), prompt.ids[1:]].tolist()
 
     def _plan(self, lines: Sequence[Line]) -> None:

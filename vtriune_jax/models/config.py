@@ -44,6 +44,11 @@ class VisionConfig:
         return self.channels * self.temporal_patch_size * self.patch_size**2
 
     @property
+    def patch_shape(self) -> tuple[int, int, int, int]:
+        """The same as (channels, frames, rows, columns)."""
+        return self.channels, self.temporal_patch_size, self.patch_size, self.patch_size
+
+    @property
     def window_units(self) -> int:
         """Side of a window in units."""
         return self.window_size // self.patch_size // self.merge_size

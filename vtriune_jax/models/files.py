@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ DTYPES = {
 }
 BAND = 16 * 1024**2
 """Bytes read at once."""
+PIECE = 1024**2
+"""Bytes written at once, few enough to be in a cache still after their checksum was taken."""
 ALIGNMENT = 64
 """Of arrays that JAX takes over on CPUs as they are, without copying them."""
 
@@ -82,30 +85,57 @@ def read(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
     return part
 
 
-def write(
-    file: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype,
-    tensors: Iterable[np.ndarray],
-) -> None:
-    """Write tensors of one dtype, which come in the order of `shapes`; on return they are on disk.
+class Written(NamedTuple):
+    """What a file that was written is like, to find out later whether it still is."""
 
-    Raises OSError.
+    size: int
+    crc32: int
+
+
+class Writer:
+    """A file of tensors of one dtype, which come in the order of `shapes`.
+
+    The file is complete, and on disk, when the last one was added. Raises OSError.
     """
-    name = next(name for name, known in DTYPES.items() if known == dtype)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[key] = {"dtype": name, "shape": shape, "data_offsets": (start, end)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers start at a multiple of 8
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            stream.write(np.ascontiguousarray(tensor, dtype).reshape(-1).view(np.uint8).data)
-        stream.flush()
-        os.fsync(stream.fileno())
+
+    def __init__(self, file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype):
+        """Write the header."""
+        name = next(name for name, known in DTYPES.items() if known == dtype)
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for key, shape in shapes.items():
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[key] = {"dtype": name, "shape": shape, "data_offsets": (start, end)}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # so that the numbers start at a multiple of 8
+        self._dtype, self._missing = dtype, len(shapes)
+        self._size = self._crc32 = 0
+        self._stream = file.open("wb")
+        self._write(len(text).to_bytes(8, "little") + text)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def add(self, tensor: np.ndarray) -> Written | None:
+        """Write the next tensor; after the last one says what the file is like."""
+        numbers = np.ascontiguousarray(tensor, self._dtype).reshape(-1).view(np.uint8)
+        for start in range(0, len(numbers), PIECE):
+            self._write(numbers[start : start + PIECE].data)
+        self._missing -= 1
+        if self._missing:
+            return None
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        return Written(self._size, self._crc32)
+
+    def _write(self, piece: bytes | memoryview) -> None:
+        self._crc32 = zlib.crc32(piece, self._crc32)
+        self._stream.write(piece)
+        self._size += len(piece)
 
 
 def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:

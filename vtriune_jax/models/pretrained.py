@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vtriune_jax.errors import UserError
-from vtriune_jax.models import weights
+from vtriune_jax.models import weights, writing
 from vtriune_jax.models.config import LoRAConfig, ModelConfig
 from vtriune_jax.models.core import abstract, merge, split
 from vtriune_jax.models.lora import fresh, is_adapter, merging
@@ -95,32 +95,29 @@ def save_params(
     """Write config.json and safetensors in the hub's layout, of parameters that `fetch` gives.
 
     `fetch` is called with every path of the model once, so that the parameters need not all be in
-    memory; one tensor of a file is on the host at a time. Adapters go into the matrices that they
+    memory; two tensors of a file are on the host at a time. Adapters go into the matrices that they
     adapt. Each file is replaced atomically,
     config.json last; other files of the folder (tokenizer, processor) stay. Raises UserError when
     the folder cannot be written.
     """
     check_param_dtype(param_dtype)
-    folder, vision = Path(path), config.vision
-    patch_shape = (
-        vision.channels,
-        vision.temporal_patch_size,
-        vision.patch_size,
-        vision.patch_size,
-    )
+    folder = Path(path)
     shapes = {name: leaf.shape for name, leaf in weights.flatten(abstract(config)[1]).items()}
     fetch = merging(fetch, shapes, config)
     shapes = {name: shape for name, shape in shapes.items() if not is_adapter(name)}
-    hf = config.to_hf_dict()
-    hf["dtype"] = hf["text_config"]["dtype"] = param_dtype
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             new = Path(temporary)
-            names = weights.write(
-                new, shapes, fetch, patch_shape, jnp.dtype(param_dtype), max_shard_bytes
+            names = writing.write(
+                new,
+                shapes,
+                fetch,
+                config.vision.patch_shape,
+                jnp.dtype(param_dtype),
+                max_shard_bytes,
             )
-            (new / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+            (new / "config.json").write_text(config_text(config, param_dtype))
             for name in (*names, "config.json"):
                 os.replace(new / name, folder / name)
         for file in [*folder.glob(weights.SHARDS), folder / weights.SINGLE, folder / weights.INDEX]:
@@ -131,6 +128,13 @@ def save_params(
             f"cannot write the checkpoint {folder} ({error.strerror}); free space or choose "
             "another folder"
         ) from None
+
+
+def config_text(config: ModelConfig, param_dtype: str) -> str:
+    """The `config.json` of a folder whose files have parameters of this dtype."""
+    hf = config.to_hf_dict()
+    hf["dtype"] = hf["text_config"]["dtype"] = param_dtype
+    return json.dumps(hf, indent=2) + "\n"
 
 
 def check_param_dtype(name: str) -> None:

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import functools
 import gc
-import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,7 +137,7 @@ def reader(
     place: Place | None = None,
 ) -> Callable[[str], jax.Array]:
     """The same for one parameter at a time: checks all, returns what reads the one of a path."""
-    places = _all_tensors(folder)
+    places = stored(folder)
     if "language/head/kernel" not in shapes:
         places.pop("lm_head.weight", None)  # some tied checkpoints store the head all the same
     wanted = entries(shapes)
@@ -158,51 +157,7 @@ def reader(
     return fetch
 
 
-def write(
-    folder: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    fetch: Callable[[str], jax.Array],
-    patch_shape: tuple[int, int, int, int],
-    dtype: DTypeLike,
-    max_shard_bytes: int,
-) -> list[str]:
-    """Write parameters in the hub's layout, as `dtype`, and return the names of the files.
-
-    `fetch` gives the parameter of a path and is called once for each, in the order of `shapes`.
-    `patch_shape` is (channels, frames, rows, columns) of a patch, the kernel shape of the file's
-    patch convolution. One tensor of a file is held in host memory at a time.
-    """
-    dtype, wanted = np.dtype(dtype), entries(shapes)
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    total = size = 0
-    for entry in wanted:
-        shape = _own_shape(entry, shapes)
-        if entry.transform != "same":
-            shape = shape[::-1]
-        if entry.transform == "flatten":
-            shape = (shape[0], *patch_shape)
-        nbytes = math.prod(shape) * dtype.itemsize
-        if shards[-1] and size + nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][entry.key] = shape
-        size += nbytes
-        total += nbytes
-    names = [SINGLE]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    tensors = _to_files(wanted, fetch, patch_shape, dtype)
-    for name, shard in zip(names, shards, strict=True):
-        files.write(folder / name, shard, dtype, itertools.islice(tensors, len(shard)))
-    if len(shards) > 1:
-        placed = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": placed}
-        (folder / INDEX).write_text(json.dumps(index, indent=2))
-        names.append(INDEX)
-    return names
-
-
-def _own_shape(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+def own_shape(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The shape that one tensor of a file has as (a layer of) a parameter."""
     shape = shapes[entry.path]
     return shape if entry.layer is None else shape[1:]
@@ -227,7 +182,7 @@ def _check(
             f"have ({len(extra)} such in all); config.json and weights must belong together"
         )
     for entry in wanted:
-        tensor, own = places[entry.key], _own_shape(entry, shapes)
+        tensor, own = places[entry.key], own_shape(entry, shapes)
         shape, asked = tensor.shape, own if entry.transform == "same" else own[::-1]
         if entry.transform == "flatten":  # [embed, channels, frames, rows, columns]
             shape = (*shape[:1], math.prod(shape[1:]))
@@ -243,7 +198,7 @@ def _check(
             )
 
 
-def _all_tensors(folder: Path) -> dict[str, files.Tensor]:
+def stored(folder: Path) -> dict[str, files.Tensor]:
     """Hub key → tensor, of all files of a folder that agree with its index, if it has one."""
     listed = _listed(folder)
     places: dict[str, files.Tensor] = {}
@@ -350,27 +305,3 @@ def _to_ours(tensor: jax.Array, transform: str) -> jax.Array:
     if transform == "flatten":  # [embed, channels, frames, rows, columns] → [patch, embed]
         tensor = tensor.reshape(len(tensor), -1)
     return tensor if transform == "same" else tensor.T
-
-
-def _to_files(
-    wanted: list[Entry],
-    fetch: Callable[[str], jax.Array],
-    patch_shape: tuple[int, ...],
-    dtype: np.dtype,
-) -> Iterator[np.ndarray]:
-    """The tensors of the files, one after the other."""
-    for path, group in itertools.groupby(wanted, key=lambda entry: entry.path):
-        param = fetch(path)
-        for entry in group:
-            stack = param[None] if entry.layer is None else param
-            yield np.asarray(_take(stack, entry.layer or 0, entry.transform, patch_shape, dtype))
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _take(
-    stack: jax.Array, layer: int, transform: str, patch_shape: tuple[int, ...], dtype: np.dtype
-) -> jax.Array:
-    """One layer as a file has it."""
-    tensor = jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False).astype(dtype)
-    tensor = tensor if transform == "same" else tensor.T
-    return tensor.reshape(-1, *patch_shape) if transform == "flatten" else tensor

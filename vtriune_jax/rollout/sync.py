@@ -1,0 +1,223 @@
+"""The trainer's weights → every server of the fleet, after each update.
+
+    sync = WeightSync(fleet, Publisher(folder, config, reference=checkpoint), probe=probe)
+    metrics = sync.push(params, version=step + 1)       # while rollouts are under way
+
+On each server: pause (requests are kept, and computed anew) → load the version's folder → check
+that it has it → go on. A server that fails in any of these is quarantined and gets no work until it
+is well and has the newest version: old weights are never used. Then the probe asks whether the
+server's model is the trainer's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vtriune_jax.errors import UserError
+from vtriune_jax.rollout.fleet import Fleet
+from vtriune_jax.rollout.probe import Expected, Finding, Probe
+from vtriune_jax.rollout.publish import Publisher, gathered
+from vtriune_jax.rollout.servers import Server
+from vtriune_jax.rollout.trouble import TROUBLE, ServerError, Unfit, refusal
+
+_CONTINUE_SECONDS = 10.0
+"""For a server that failed to say that it goes on, and between two such trials."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What servers should have."""
+
+    version: str
+    path: str
+    """As they see it."""
+    expected: Expected | None
+    """What the probe should find there, if there is one."""
+
+
+class WeightSync:
+    """Publishes versions and brings the servers up to date, those that come back too.
+
+    It takes the fleet's `on_return`.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        publisher: Publisher,
+        *,
+        server_dir: str = "",
+        probe: Probe | None = None,
+        deadline: float = 300.0,
+        recovery: float = 300.0,
+    ):
+        """`server_dir` is the publisher's folder as the servers see it, if that is another path.
+
+        In seconds: `deadline`, for one server from pause to continue; `recovery`, the time in which
+        one must come back when all have failed.
+        """
+        self._fleet, self._publisher, self._probe = fleet, publisher, probe
+        self._server_dir = server_dir or str(publisher.folder)
+        self._deadline, self._recovery = deadline, recovery
+        self._target: Target | None = None
+        self._loaded: dict[Server, str] = {}
+        self._continuing: dict[Server, asyncio.Task[None]] = {}
+        fleet.on_return = self._on_return
+
+    def push(self, params: Any, version: int) -> dict[str, float]:
+        """Give all servers these parameters; returns what it took, as metrics `sync/…`.
+
+        To be called from the main thread, by all processes together, each for the servers of its
+        own fleet. Raises UserError, on all processes, when no server is left that has them, or when
+        the probe finds a server's model to be another one.
+        """
+        start, name = time.monotonic(), str(version)
+        published = self._publisher.publish(params, version)
+        path = f"{self._server_dir.rstrip('/')}/{published.folder.name}"
+        expected = None
+        if self._probe:
+            before = self._target.expected if self._target else None
+            expected = self._probe.expect(params, name, before)
+        ready = time.monotonic()
+        updated, failed = self._fleet.run(self._update(Target(name, path, expected))).result()
+        done = time.monotonic()
+        findings, silent = self._fleet.run(self._ask(updated, expected)).result()
+        probed = time.monotonic()
+        agree(self._problem(findings))
+        in_use = {server.version for server in self._fleet.servers()}
+        self._publisher.collect({int(each) for each in in_use if each.isdecimal()})
+        return {
+            "sync/seconds": time.monotonic() - start,
+            "sync/publish_seconds": published.seconds,
+            "sync/gather_seconds": published.gather_seconds,
+            "sync/write_seconds": published.write_seconds,
+            "sync/update_seconds": done - ready,
+            "sync/probe_seconds": probed - done + (ready - start - published.seconds),
+            "sync/bytes": float(published.bytes),
+            "sync/gb_per_second": published.bytes / published.seconds / 1e9,
+            "sync/servers_updated": float(len(updated)),
+            "sync/servers_quarantined": float(len(failed) + len(silent)),
+            **(self._probe.metrics(findings) if self._probe else {}),
+        }
+
+    def _problem(self, findings: Sequence[Finding]) -> str | None:
+        """Why training cannot go on; waits for a server to come back if none is left."""
+        for finding in findings:
+            if self._probe and self._probe.is_off(finding):
+                return self._probe.report(finding)
+        try:
+            self._fleet.wait_ready(self._recovery)
+        except UserError as error:
+            return f"no rollout server could be given the new weights: {error}"
+        return None
+
+    # ---------------------------------------------------------------------------- on the loop
+
+    async def _update(self, target: Target) -> tuple[list[Server], list[Server]]:
+        """Those that have the target now, and those that failed."""
+        self._target = target
+        self._fleet.published(target.version)
+        ready = [server for server in self._fleet.servers() if server.state == "ready"]
+        return await self._each(ready, lambda server: self._switch(server, target))
+
+    async def _ask(
+        self, servers: Sequence[Server], expected: Expected | None
+    ) -> tuple[list[Finding], list[Server]]:
+        """What the probe finds, and the servers that did not answer it."""
+        probe, findings = self._probe, []
+        if probe is None or expected is None:
+            return [], []
+
+        async def ask(server: Server) -> None:
+            findings.append(await probe.ask(self._fleet, server, expected))
+
+        _, silent = await self._each(servers, ask)
+        return findings, silent
+
+    async def _each(
+        self, servers: Sequence[Server], do: Callable[[Server], Coroutine[Any, Any, None]]
+    ) -> tuple[list[Server], list[Server]]:
+        """All at once; (those that did it, those that failed and are quarantined now)."""
+
+        async def one(server: Server) -> bool:
+            try:
+                await do(server)
+            except TROUBLE as error:
+                self._fleet.quarantine(server, f"at the update of weights: {refusal(error)}")
+                return False
+            return True
+
+        done = await asyncio.gather(*map(one, servers))
+        return (
+            [server for server, good in zip(servers, done, strict=True) if good],
+            [server for server, good in zip(servers, done, strict=True) if not good],
+        )
+
+    async def _on_return(self, server: Server) -> None:
+        """Raises one of TROUBLE unless the server has the newest weights, whatever they are by
+        then, and has them right."""
+        while (target := self._target) and not self._has(server, target):
+            await self._switch(server, target)
+            if self._probe and target.expected:
+                finding = await self._probe.ask(self._fleet, server, target.expected)
+                if self._probe.is_off(finding):
+                    raise Unfit(self._probe.report(finding))
+
+    def _has(self, server: Server, target: Target) -> bool:
+        """Given by this run: an earlier one may have had versions of the same name."""
+        return self._loaded.get(server) == target.path and server.version == target.version
+
+    async def _switch(self, server: Server, target: Target) -> None:
+        """From pause to continue. Raises one of TROUBLE, and sees to it that it does go on."""
+        try:
+            async with asyncio.timeout(self._deadline):
+                await self._post(server, "/pause_generation", {"mode": "retract"})
+                await self._load(server, target)
+                await self._post(server, "/continue_generation", {})
+        except TROUBLE:
+            self._loaded.pop(server, None)
+            if server not in self._continuing:
+                task = asyncio.create_task(self._go_on(server))
+                self._continuing[server] = task
+                task.add_done_callback(lambda _: self._continuing.pop(server))
+            raise
+
+    async def _load(self, server: Server, target: Target) -> None:
+        answer = await self._post(
+            server,
+            "/update_weights_from_disk",
+            {"model_path": target.path, "weight_version": target.version, "flush_cache": True},
+        )
+        if not (isinstance(answer, dict) and answer.get("success")):
+            raise ServerError(f"did not load {target.path}: {answer}")
+        info = await self._fleet.get(server, "/model_info", timeout=self._deadline)
+        found = info.get("weight_version") if isinstance(info, dict) else None
+        if found != target.version:
+            raise Unfit(f"has weights {found!r} after the update to {target.version!r}")
+        self._loaded[server] = target.path
+
+    async def _go_on(self, server: Server) -> None:
+        """A server that has failed must not stay paused: it would never be well again."""
+        while server.state in ("new", "quarantined"):
+            try:
+                await self._fleet.post(
+                    server, "/continue_generation", {}, timeout=_CONTINUE_SECONDS
+                )
+            except TROUBLE:
+                await asyncio.sleep(_CONTINUE_SECONDS)
+            else:
+                return
+
+    async def _post(self, server: Server, path: str, body: dict[str, Any]) -> Any:
+        return await self._fleet.post(server, path, body, timeout=self._deadline)
+
+
+def agree(problem: str | None) -> None:
+    """UserError on all processes if one of them has a problem."""
+    has = gathered([problem is not None])[:, 0]
+    if has.any():
+        raise UserError(problem or f"weight sync: host {has.argmax()} says what is wrong")
