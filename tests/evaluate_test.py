@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from vtriune_jax.data.packing import Slots
+from vtriune_jax.data.rows import Slots
 from vtriune_jax.errors import UserError
 from vtriune_jax.evaluate import evaluate, items, read_means, save_means
 from vtriune_jax.metrics import SourceMean

@@ -15,8 +15,9 @@ from jaxtyping import Float
 
 from vtriune_jax import models, sharding
 from vtriune_jax.data import digits
-from vtriune_jax.data.packing import Slots, stack_vision
+from vtriune_jax.data.packing import stack_vision
 from vtriune_jax.data.prompts import Prompter
+from vtriune_jax.data.rows import Slots
 from vtriune_jax.data.sources import Source, load
 from vtriune_jax.data.tokenizer import load_processor
 from vtriune_jax.errors import UserError

@@ -19,14 +19,14 @@ from vtriune_jax.checkpoint import Checkpointer
 from vtriune_jax.collect import Collected, collect
 from vtriune_jax.data.feed import Feed, feed, tell
 from vtriune_jax.data.mixture import Mixture
-from vtriune_jax.data.packing import check_fits, pack
+from vtriune_jax.data.packing import check_fits
 from vtriune_jax.data.stream import Chunk, PromptStream
 from vtriune_jax.evaluate import evaluate, read_means, save_means
 from vtriune_jax.finish import finish
 from vtriune_jax.metrics import SourceMean
 from vtriune_jax.models import lora
 from vtriune_jax.stages import Stage, plan
-from vtriune_jax.steps import Compiled, advantages, compiled, demonstration, respond
+from vtriune_jax.steps import Compiled, Told, advantages, compiled, demonstration, lay_out, respond
 from vtriune_jax.timeline import Clock, Timeline
 from vtriune_jax.types import Batch, Group, Prompt, Sample, TrainState
 from vtriune_jax.waiting import first_from, from_arrays, to_arrays
@@ -109,10 +109,10 @@ def train(
                 got, clock = ahead.take(step, state.params)
                 tell(got.skipped, f"{stage.name} step {step + 1}")
                 with clock("update"):
-                    batch = packed(stage, got, do, state.params, parts)
+                    batch, told = packed(stage, got, do, state.params, parts)
                     state, sums = do.update(state, batch, step)
                 record = metrics.finish(
-                    sums,
+                    sums | told,
                     got.all_groups if got.all_verdicts else [],
                     got.all_verdicts,
                     parts.sources,
@@ -128,8 +128,10 @@ def train(
     return state.params, seconds
 
 
-def packed(stage: Stage, got: Collected, do: Compiled, params: Any, parts: Parts) -> Batch:
-    """The rows of a step; a frozen vision tower encodes the images of each group here if sampling
+def packed(
+    stage: Stage, got: Collected, do: Compiled, params: Any, parts: Parts
+) -> tuple[Batch, Told]:
+    """The rows of a step, and what to tell of them; a frozen vision tower encodes the images of each group here if sampling
     has not done so."""
     features = None
     if do.vision_frozen:
@@ -137,7 +139,7 @@ def packed(stage: Stage, got: Collected, do: Compiled, params: Any, parts: Parts
         if features is None:
             features = do.encode(params, [group.prompt for group in got.groups])
     values, weights = advantages(stage, got.groups, got.verdicts, got.used)
-    return pack(got.groups, values, weights, parts.source_index, parts.slots, features)
+    return lay_out(stage, got.groups, values, weights, features, parts)
 
 
 def kept(state: TrainState) -> TrainState:
