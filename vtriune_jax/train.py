@@ -131,8 +131,8 @@ def train(
 def packed(
     stage: Stage, got: Collected, do: Compiled, params: Any, parts: Parts
 ) -> tuple[Batch, Told]:
-    """The rows of a step, and what to tell of them; a frozen vision tower encodes the images of each group here if sampling
-    has not done so."""
+    """The rows of a step, and what to tell of them; a frozen vision tower encodes the images of
+    each group here if sampling has not done so."""
     features = None
     if do.vision_frozen:
         features = got.features
