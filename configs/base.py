@@ -109,6 +109,10 @@ def get_config() -> Any:
         windows=400,
         # An update goes through its rows in this many pieces, to save memory; same result.
         micro_batches=1,
+        # Rows of an update: "single" ones are a prompt and one completion, "group" ones a prompt
+        # and all its completions, "packed" ones as many sequences as fit into a single one's
+        # length; "auto" takes what is least work, batch by batch. Same result.
+        layout="auto",
     )
     config["sft"] = dict(
         steps=100,  # updates

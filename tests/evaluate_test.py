@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from vtriune_jax.data.packing import Slots
+from vtriune_jax.data.rows import Slots
 from vtriune_jax.errors import UserError
 from vtriune_jax.evaluate import evaluate, items, read_means, save_means
 from vtriune_jax.metrics import SourceMean
@@ -30,10 +30,7 @@ class Engine:
     """Answers 0 always; remembers what it was asked and the keys."""
 
     def __init__(self):
-        self.calls, self.keys, self.pushed = [], {}, []
-
-    def push(self, params, version):
-        self.pushed.append(version)
+        self.calls, self.keys = [], {}
 
     def generate(self, params, prompts, features, sampling, keys, prompt_tokens):
         self.calls.append((len(prompts), len(features), sampling, prompt_tokens))
@@ -63,7 +60,7 @@ def make_parts():
                 place=lambda params: params,
                 encode=lambda params, prompts: prompts,
                 engine=Engine(),
-                remote=False,
+                served=None,
                 verifiers=verifiers,
             )
 
@@ -82,7 +79,6 @@ def test_batches_have_one_shape_and_change_no_answer(make_parts):
     small, large = make_parts(batch=3), make_parts(batch=16)
     evaluate(small, {}, 7)
     evaluate(large, {}, 7)
-    assert small.engine.pushed == [7]
     assert [call[:2] for call in small.engine.calls] == [(3, 3)] * 3
     assert [call[:2] for call in large.engine.calls] == [(16, 16)]
     assert small.engine.keys == large.engine.keys

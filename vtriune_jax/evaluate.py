@@ -49,7 +49,8 @@ def evaluate(parts: Parts, params: Any, version: int) -> HeldOut:
     keys = parts.config.eval
     sampling = Sampling(n=1, temperature=keys.temperature, max_tokens=parts.slots.completion_tokens)
     params = parts.place(params)
-    parts.engine.push(params, version)
+    if parts.served:
+        parts.served.push(params, version)
     key = jax.random.key(parts.config.seed)
     groups: list[Group] = []
     pending, skipped = [], []
@@ -71,7 +72,7 @@ def evaluate(parts: Parts, params: Any, version: int) -> HeldOut:
             # A chunk that is not full gets repetitions: one shape, one compilation.
             full = [chunk[i % len(chunk)] for i in range(keys.batch)]
             each = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(keys.batch))
-            features = None if parts.remote else parts.encode(params, full)
+            features = None if parts.served else parts.encode(params, full)
             answered = parts.engine.generate(
                 params, full, features, sampling, each, parts.slots.prompt_tokens
             )[: len(chunk)]

@@ -67,10 +67,6 @@ class LocalEngine:
             for group, prompt in enumerate(prompts)
         ]
 
-    def push(self, params: Any, version: int) -> dict[str, float]:
-        """New parameters: nothing to do, as `generate` is given them each time."""
-        return {}
-
     def _completion(self, drawn: Drawn, group: int, i: int) -> Completion:
         length = int(drawn.lengths[group, i])
         ids = np.asarray(drawn.ids[group, i, :length])
