@@ -1,6 +1,5 @@
 """Weights to a fleet: every server has them or gets no work; the probe tells right from wrong."""
 
-import asyncio
 import shutil
 import time
 
@@ -11,7 +10,7 @@ import pytest
 
 from tests.data.conftest import make_sample, png
 from tests.rollout.fake_sglang import FakeServer
-from vtriune_jax import models, sharding
+from vtriune_jax import sharding
 from vtriune_jax.data.prompts import Prompter
 from vtriune_jax.data.tokenizer import load_processor
 from vtriune_jax.errors import UserError
