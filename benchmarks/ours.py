@@ -34,8 +34,9 @@ import numpy as np
 
 from vtriune_jax import models, sharding
 from vtriune_jax.data import images
-from vtriune_jax.data.packing import Slots, pack, stack_vision
+from vtriune_jax.data.packing import pack, stack_vision
 from vtriune_jax.data.prompts import Prompter
+from vtriune_jax.data.rows import Slots
 from vtriune_jax.data.tokenizer import load_processor
 from vtriune_jax.main import cache_folder
 from vtriune_jax.models import layout
@@ -44,8 +45,8 @@ from vtriune_jax.rewards.assignment import optimal
 from vtriune_jax.rewards.boxes import pairwise_iou
 from vtriune_jax.rewards.matching import Match
 from vtriune_jax.rl.advantages import group_advantages
-from vtriune_jax.rl.logprobs import token_logps
 from vtriune_jax.rl.losses import LossConfig
+from vtriune_jax.rl.policy import make_logps
 from vtriune_jax.rl.update import init_state, make_update
 from vtriune_jax.rollout.choice import Sampling
 from vtriune_jax.rollout.local import LocalEngine
@@ -351,18 +352,8 @@ def slots_of(groups: Sequence[Group], prompt: int, completion: int) -> Slots:
 
 def logps(graphdef: Any, params: Any, batch: Batch) -> np.ndarray:
     """Log-probs of the completions, for the parity column."""
-
-    @jax.jit
-    def compute(params: Any, batch: Batch) -> jax.Array:
-        model = models.merge(graphdef, params)
-        features = None if batch.vision is None else model.encode(batch.vision)
-        hidden = model(batch.ids, batch.positions, batch.segments, features, batch.image_index)
-        size = batch.mask.shape[1]
-        return token_logps(
-            hidden[:, -size - 1 : -1], model.head(), jnp.asarray(batch.ids)[:, -size:]
-        )[0]
-
-    return np.asarray(compute(params, batch))
+    found = make_logps(graphdef, LossConfig(), sharding.make_mesh())(params, batch)
+    return np.asarray(found)[:, 0]
 
 
 def measure(run: Callable[[], Any], warmup: int, steps: int) -> dict[str, float]:

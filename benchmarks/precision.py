@@ -29,13 +29,15 @@ import jax
 import numpy as np
 
 from configs import base
-from vtriune_jax import models
+from vtriune_jax import models, sharding
 from vtriune_jax.data import digits
-from vtriune_jax.data.packing import Slots, pack, stack_vision
+from vtriune_jax.data.packing import pack, stack_vision
 from vtriune_jax.data.prompts import Prompter
+from vtriune_jax.data.rows import Slots
 from vtriune_jax.data.sources import load
 from vtriune_jax.data.tokenizer import load_processor
-from vtriune_jax.rl.logprobs import token_logps
+from vtriune_jax.rl.losses import LossConfig
+from vtriune_jax.rl.policy import make_logps
 from vtriune_jax.rollout.choice import Sampling
 from vtriune_jax.rollout.local import LocalEngine
 from vtriune_jax.tiny import ensure_tiny
@@ -123,22 +125,8 @@ def packed(groups: Sequence[Group], tools: Any) -> Batch:
 def logps(model: Any, batch: Batch, prompter: Prompter) -> np.ndarray:
     """As the update computes them."""
     graphdef, params = models.split(model)
-
-    @jax.jit
-    def compute(params: Any, batch: Batch) -> jax.Array:
-        model = models.merge(graphdef, params)
-        features = model.encode(batch.vision)
-        hidden = model(batch.ids, batch.positions, batch.segments, features, batch.image_index)
-        size = batch.mask.shape[1]
-        found, _ = token_logps(
-            hidden[:, -size - 1 : -1],
-            model.head(),
-            batch.ids[:, -size:],
-            banned_ids=prompter.banned_ids,
-        )
-        return found
-
-    return np.asarray(compute(params, jax.device_put(batch)))
+    loss = LossConfig(banned_ids=prompter.banned_ids)
+    return np.asarray(make_logps(graphdef, loss, sharding.make_mesh())(params, batch))
 
 
 if __name__ == "__main__":

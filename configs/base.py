@@ -109,6 +109,10 @@ def get_config() -> Any:
         windows=400,
         # An update goes through its rows in this many pieces, to save memory; same result.
         micro_batches=1,
+        # Rows of an update: "single" ones are a prompt and one completion, "group" ones a prompt
+        # and all its completions, "packed" ones as many sequences as fit into a single one's
+        # length; "auto" takes what is least work, batch by batch. Same result.
+        layout="auto",
     )
     config["sft"] = dict(
         steps=100,  # updates
@@ -164,6 +168,34 @@ def get_config() -> Any:
         temperature=1.0,  # of sampling
         top_p=1.0,  # sample from the fewest tokens that have this probability; 1.0 is off
         top_k=0,  # sample from this many best tokens; 0 is off
+    )
+    config["rollout"] = dict(
+        # Who samples: "local", this process with the trainer's devices, or "sglang", a fleet of
+        # servers (docs/rollouts.md).
+        engine="local",
+        # Of "sglang": the servers, as ("http://host:30000",), or a file that lists them, as
+        # ("runs/fleet/addresses",), which is read again and again: servers may come and go.
+        addresses=(),
+        # Updates that may pass between sampling and training: at 0 every step samples from the
+        # parameters that it trains, at 1 the next step's completions are begun before the update,
+        # at n those of n steps are on their way. Above 0 wants grpo.tis_cap, as 2.0.
+        ahead=0,
+        # Prompts that are asked in a step beyond those it needs, as a part of them: the last ones
+        # to end are interrupted and come first in the next step.
+        over_sampling=0.0,
+        # Versions of the weights that the tokens of an interrupted completion may be behind to be
+        # continued; older ones are drawn anew, with 0 all of them.
+        carry=0,
+        deadline_seconds=3600.0,  # for the completions of a step; then the run ends with an error
+        # Folder for the weights that servers load, new after every update: memory (/dev/shm/…), a
+        # fast disk, or one that all machines share; "" is the workdir's …
+        weights_folder="",
+        weights_folder_there="",  # … and its name on the servers, if it is another
+        weights_dtype="bfloat16",  # of these files
+        # After every update the servers' log-probs of so many fixed completions are compared with
+        # the trainer's; the run ends if their mean distance is above this. 0 prompts: never.
+        probe_prompts=4,
+        probe_gap=0.1,
     )
     # Devices along each axis of the mesh; one of the three may be -1, "the rest".
     config["mesh"] = dict(

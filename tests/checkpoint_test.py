@@ -62,7 +62,7 @@ def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path):
         assert checkpointer.restore(state) is None
         checkpointer.save(3, state, EXTRA)
     with Checkpointer(tmp_path / "checkpoints", every=1, keep=2) as checkpointer:
-        restored, extra = checkpointer.restore(jax.eval_shape(make_state))
+        restored, extra, _ = checkpointer.restore(jax.eval_shape(make_state))
     assert_equal(restored, state)
     assert isinstance(restored, TrainState)
     assert extra == EXTRA
@@ -71,7 +71,8 @@ def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path):
 def test_saves_every_so_many_steps_and_keeps_the_newest(tmp_path):
     with Checkpointer(tmp_path, every=2, keep=2) as checkpointer:
         for step in range(1, 8):
-            checkpointer.maybe(step, make_state(step), {})
+            if checkpointer.due(step):
+                checkpointer.save(step, make_state(step), {})
         checkpointer.wait()
         assert steps_on_disk(tmp_path) == ["4", "6"]
         checkpointer.save(7, make_state(7), {"last": True})
@@ -133,7 +134,7 @@ def test_a_kill_in_mid_save_leaves_the_step_before(tmp_path):
     assert left[1].startswith("2.")
     with Checkpointer(tmp_path, every=1, keep=2) as checkpointer:
         wanted = TrainState(jnp.int32(1), {"w": jnp.full((16_000_000,), 1 / 3)}, ())
-        restored, extra = checkpointer.restore(wanted)
+        restored, extra, _ = checkpointer.restore(wanted)
         assert_equal(restored, wanted)
         assert extra == {"step": 1}
         checkpointer.save(2, wanted, {"step": 2})
@@ -158,7 +159,7 @@ wanted = state((1, 8, 1), P(None, "fsdp"))
 with Checkpointer(sys.argv[1], every=1, keep=1) as checkpointer:
     checkpointer.save(5, written, {})
     checkpointer.wait()
-    restored, _ = checkpointer.restore(wanted)
+    restored, _, _ = checkpointer.restore(wanted)
 for name in ("w", "b"):
     assert restored.params[name].sharding == wanted.params[name].sharding, restored.params[name]
     assert np.array_equal(restored.params[name], written.params[name])
@@ -198,7 +199,7 @@ from vtriune_jax.types import TrainState
 
 state = lambda step: TrainState(jnp.int32(step), {"w": jnp.full(3000, step / 3)}, ())
 with Checkpointer(sys.argv[1], every=1, keep=3) as checkpointer:
-    restored, extra = checkpointer.restore(state(0))
+    restored, extra, _ = checkpointer.restore(state(0))
     print(int(restored.step), extra, bool((restored.params["w"] == state(1).params["w"]).all()))
     checkpointer.save(2, state(20), {"step": 2})
     checkpointer.wait()
@@ -228,7 +229,7 @@ def test_a_damaged_record_falls_back_to_the_step_before_with_a_warning(tmp_path,
         Checkpointer(tmp_path, every=1, keep=3) as checkpointer,
         caplog.at_level(logging.WARNING),
     ):
-        restored, extra = checkpointer.restore(make_state())
+        restored, extra, _ = checkpointer.restore(make_state())
     assert_equal(restored, make_state(1))
     assert extra == {"step": 1}
     assert "going on from step 1" in caplog.text

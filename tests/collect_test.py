@@ -37,7 +37,7 @@ def run(monkeypatch):
         )
         seen = []
 
-        def respond(stage, step, params, prompts, features, parts, drawn):
+        def respond(params, prompts, features, drawn):
             seen.append((prompts, drawn))
             return [group(number) for number in prompts]
 
@@ -45,16 +45,16 @@ def run(monkeypatch):
             numbers = [each.prompt.sample.number for each in groups]
             return [list({"+": GOOD, "-": FLAT, "x": FAILED}[outcomes[n]]) for n in numbers]
 
-        monkeypatch.setattr(module, "respond", respond)
         monkeypatch.setattr(module, "verify", verify)
-        do = SimpleNamespace(
-            encode=lambda params, prompts: jnp.array(prompts, float)[:, None, None],
-            vision_frozen=True,
-        )
+
+        def encode(params, prompts):
+            return jnp.array(prompts, float)[:, None, None]
+
         stream = PromptStream(chunks, PROMPTS)
         stage = replace(GRPO, refill=refill, **changes)
         clock = lambda part: contextlib.nullcontext()  # noqa: E731
-        got = collect(stage, 0, None, stream, do, None, clock)
+        first = stream.take()
+        got = collect(stage, 0, None, first, stream, respond, encode, None, clock)
         numbers = [each.prompt.sample.number for each in got.groups]
         assert numbers == [int(x) for x in got.features.ravel()]
         return got, numbers, stream.position()["taken"], seen
@@ -77,7 +77,7 @@ def test_flat_groups_are_replaced_and_what_follows_the_last_one_goes_back(run):
     assert [drawn for _, drawn in seen] == [0, 4]
     assert got.refill.rounds == 1
     assert (len(got.refill.dropped), got.refill.missing) == (3, 0)
-    assert len(got.drawn[0]) == len(got.drawn[1]) == 8
+    assert len(got.all_groups) == len(got.all_verdicts) == 8
 
 
 def test_when_the_rounds_are_used_up_flat_groups_fill_the_batch_without_weight(run):

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from vtriune_jax.data.packing import Slots
+from vtriune_jax.data.rows import Slots
 from vtriune_jax.errors import UserError
 from vtriune_jax.evaluate import evaluate, items, read_means, save_means
 from vtriune_jax.metrics import SourceMean
@@ -60,6 +60,7 @@ def make_parts():
                 place=lambda params: params,
                 encode=lambda params, prompts: prompts,
                 engine=Engine(),
+                served=None,
                 verifiers=verifiers,
             )
 
@@ -68,7 +69,7 @@ def make_parts():
 
 def test_every_sample_is_judged_once(make_parts):
     parts = make_parts(batch=3)
-    heldout = evaluate(parts, {})
+    heldout = evaluate(parts, {}, 7)
     assert [group.prompt.sample.id for group in heldout.groups] == list("0123456")
     assert [verdict.score for (verdict,) in heldout.verdicts] == [1, 0, 1, 0, 1, 0, 1]
     assert heldout.means() == {"even": SourceMean(1.0, 4), "odd": SourceMean(0.0, 3)}
@@ -76,8 +77,8 @@ def test_every_sample_is_judged_once(make_parts):
 
 def test_batches_have_one_shape_and_change_no_answer(make_parts):
     small, large = make_parts(batch=3), make_parts(batch=16)
-    evaluate(small, {})
-    evaluate(large, {})
+    evaluate(small, {}, 7)
+    evaluate(large, {}, 7)
     assert [call[:2] for call in small.engine.calls] == [(3, 3)] * 3
     assert [call[:2] for call in large.engine.calls] == [(16, 16)]
     assert small.engine.keys == large.engine.keys
@@ -90,7 +91,7 @@ def test_batches_have_one_shape_and_change_no_answer(make_parts):
 def test_nothing_to_evaluate(make_parts):
     parts = make_parts(batch=3)
     parts.heldout = ()
-    assert evaluate(parts, {}).means() == {}
+    assert evaluate(parts, {}, 7).means() == {}
 
 
 class Picky:
@@ -108,7 +109,7 @@ class Picky:
 def test_bad_samples_are_left_out_and_told_of(make_parts, capsys):
     parts = make_parts(batch=3, on_bad_row="skip")
     parts.prompter = Picky("1345")  # the second chunk has nothing left
-    heldout = evaluate(parts, {})
+    heldout = evaluate(parts, {}, 7)
     assert [group.prompt.sample.id for group in heldout.groups] == list("026")
     assert [len(judged) for judged in heldout.verdicts] == [1, 1, 1]
     assert [call[0] for call in parts.engine.calls] == [3, 3]
@@ -120,21 +121,21 @@ def test_a_bad_sample_is_an_error(make_parts):
     parts = make_parts(batch=3)
     parts.prompter = Picky("5")
     with pytest.raises(UserError, match="sample 5 is broken"):
-        evaluate(parts, {})
+        evaluate(parts, {}, 7)
 
 
 def test_samples_larger_than_their_slots_are_bad(make_parts):
     parts = make_parts(batch=3)
     parts.slots = dataclasses.replace(parts.slots, prompt_tokens=1)
     with pytest.raises(UserError, match="sample 0: the prompt has 2 tokens, its slot 1"):
-        evaluate(parts, {})
+        evaluate(parts, {}, 7)
 
 
 def test_only_bad_samples_are_an_error(make_parts):
     parts = make_parts(batch=3, on_bad_row="skip")
     parts.prompter = Picky("0123456")
     with pytest.raises(UserError, match=r"no held-out row can be used, the first .*sample 0 is"):
-        evaluate(parts, {})
+        evaluate(parts, {}, 7)
 
 
 def test_items_come_group_by_group_with_sizes_in_pixels(make_parts):

@@ -42,7 +42,7 @@ def parts():
 
 
 def test_a_demonstration_is_the_response_of_a_supervised_stage(parts):
-    groups = respond(SFT, 0, {}, [make_prompt("yes"), make_prompt("no")], None, parts)
+    groups = respond(SFT, 0, parts, {}, [make_prompt("yes"), make_prompt("no")], None)
     assert [c.text for group in groups for c in group.completions] == ["yes", "no"]
     [completion] = groups[0].completions
     assert len(completion.ids) == len(completion.logps) == 4

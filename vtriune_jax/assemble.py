@@ -15,14 +15,16 @@ from jaxtyping import Float
 
 from vtriune_jax import models, sharding
 from vtriune_jax.data import digits
-from vtriune_jax.data.packing import Slots, stack_vision
+from vtriune_jax.data.packing import stack_vision
 from vtriune_jax.data.prompts import Prompter
+from vtriune_jax.data.rows import Slots
 from vtriune_jax.data.sources import Source, load
 from vtriune_jax.data.tokenizer import load_processor
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import lora
 from vtriune_jax.models.config import ModelConfig
 from vtriune_jax.rollout.local import LocalEngine
+from vtriune_jax.served import ServedEngine, serve
 from vtriune_jax.tiny import ensure_tiny
 from vtriune_jax.types import Prompt, Sample
 from vtriune_jax.verifiers import known_verifiers
@@ -50,8 +52,13 @@ class Parts:
     heldout: tuple[Sample, ...]
     sources: tuple[str, ...]
     """All data source names, sorted: the order of per-source sums."""
-    engine: LocalEngine
+    engine: LocalEngine | ServedEngine
     verifiers: VerifierClient | InProcess
+
+    @property
+    def served(self) -> ServedEngine | None:
+        """The engine if it is a fleet of servers, with their own copies of the weights."""
+        return self.engine if isinstance(self.engine, ServedEngine) else None
 
     @property
     def source_index(self) -> dict[str, int]:
@@ -109,7 +116,33 @@ def assemble(config: Any, workdir: Path) -> Iterator[Parts]:
     )
     names = {name for source, _ in train for name in source.data_sources}
     names |= {sample.data_source for sample in heldout}
-    with _verifiers(config) as verifiers:
+    slots = Slots(
+        prompt_tokens=config.batch.prompt_tokens,
+        completion_tokens=config.batch.completion_tokens,
+        windows=config.batch.windows,
+        pad_id=prompter.pad_id,
+    )
+    with contextlib.ExitStack() as stack:
+        engine = LocalEngine(
+            graphdef,
+            stop_ids=prompter.stop_ids,
+            banned_ids=prompter.banned_ids,
+            pad_id=prompter.pad_id,
+            decode_text=prompter.decode,
+        )
+        if config.rollout.engine == "sglang":
+            served = serve(
+                config,
+                workdir,
+                checkpoint=path,
+                model_config=model.config,
+                graphdef=graphdef,
+                mesh=mesh,
+                prompter=prompter,
+                slots=slots,
+                examples=heldout or [train[0][0][0]],
+            )
+            engine = stack.enter_context(served)
         yield Parts(
             config=config,
             mesh=mesh,
@@ -118,23 +151,12 @@ def assemble(config: Any, workdir: Path) -> Iterator[Parts]:
             graphdef=graphdef,
             params=params,
             prompter=prompter,
-            slots=Slots(
-                prompt_tokens=config.batch.prompt_tokens,
-                completion_tokens=config.batch.completion_tokens,
-                windows=config.batch.windows,
-                pad_id=prompter.pad_id,
-            ),
+            slots=slots,
             train=train,
             heldout=heldout,
             sources=tuple(sorted(names)),
-            engine=LocalEngine(
-                graphdef,
-                stop_ids=prompter.stop_ids,
-                banned_ids=prompter.banned_ids,
-                pad_id=prompter.pad_id,
-                decode_text=prompter.decode,
-            ),
-            verifiers=verifiers,
+            engine=engine,
+            verifiers=stack.enter_context(_verifiers(config)),
         )
 
 

@@ -1,7 +1,8 @@
 """Checkpoints with Orbax: the state and whatever else a run needs to go on, one directory a step.
 
     <directory>/<step>/state   parameters, optimizer and step counter
-    <directory>/<step>/extra   JSON: data order, stage, progress, …, and the shapes in `state`
+    <directory>/<step>/extra   JSON: data order, stage, progress, …, and the shapes of the arrays
+    <directory>/<step>/waiting completions that are sampled and not trained on yet, if there are any
 
 A step directory gets its final name when it is complete, so a kill in mid-save leaves only a
 temporary directory, which the next start ignores and removes. Saving goes on in the background.
@@ -18,15 +19,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
 from vtriune_jax.errors import UserError
 from vtriune_jax.types import TrainState
 from vtriune_jax.writers import no_space, writing
+
+
+class Restored(NamedTuple):
+    """What `Checkpointer.save` was given."""
+
+    state: TrainState
+    extra: dict[str, Any]
+    waiting: dict[str, np.ndarray]
 
 
 class Checkpointer:
@@ -50,13 +60,20 @@ class Checkpointer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def maybe(self, step: int, state: TrainState, extra: Mapping[str, Any]) -> None:
-        """Saves if it is time to."""
-        if step % self._every == 0:
-            self.save(step, state, extra)
+    def due(self, step: int) -> bool:
+        """Whether it is time to save."""
+        return step % self._every == 0
 
-    def save(self, step: int, state: TrainState, extra: Mapping[str, Any]) -> None:
-        """Starts to save `state` and `extra` (what JSON can say); a step is saved only once.
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        extra: Mapping[str, Any],
+        waiting: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Starts to save `state`, `extra` (what JSON can say) and arrays of the host (`waiting`).
+
+        A step is saved only once.
 
         The caller may donate or change both as soon as this returns: on accelerators Orbax has
         copied the arrays to the host by then; on CPUs it reads them in place, and JAX does not give
@@ -64,16 +81,20 @@ class Checkpointer:
         """
         if step in self._manager.all_steps():
             return
-        record = {"layout": layout(state), "extra": json.loads(json.dumps(extra))}
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(record)
-        )
+        record = {
+            "layout": layout(state),
+            "extra": json.loads(json.dumps(extra)),
+            "waiting": {name: [str(x.dtype), *x.shape] for name, x in (waiting or {}).items()},
+        }
+        items = {"state": ocp.args.StandardSave(state), "extra": ocp.args.JsonSave(record)}
+        if waiting:
+            items["waiting"] = ocp.args.StandardSave(dict(waiting))
         with self._disk_space():
-            self._check_space(state)
-            self._manager.save(step, args=args)
+            self._check_space(state, waiting or {})
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest readable checkpoint, as (state, extra); None when there is none at all.
+    def restore(self, abstract_state: TrainState) -> Restored | None:
+        """The newest readable checkpoint; None when there is none at all.
 
         `abstract_state` gives shapes, dtypes and shardings (`jax.ShapeDtypeStruct`s or arrays). A
         newer checkpoint that cannot be read is renamed to `unreadable-<step>-…`, with a warning.
@@ -113,12 +134,17 @@ class Checkpointer:
         with self._disk_space():
             self._manager.close()
 
-    def _read(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def _read(self, step: int, target: TrainState) -> Restored:
         args = ocp.args.Composite(extra=ocp.args.JsonRestore())
         record = self._manager.restore(step, args=args)["extra"]
         self._check_layout(step, record["layout"], layout(target))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        return self._manager.restore(step, args=args)["state"], record["extra"]
+        items = {"state": ocp.args.StandardRestore(target)}
+        if record["waiting"]:
+            kinds = record["waiting"].items()
+            arrays = {name: np.empty(shape, dtype) for name, (dtype, *shape) in kinds}
+            items["waiting"] = ocp.args.StandardRestore(arrays)
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return Restored(found["state"], record["extra"], dict(found.get("waiting") or {}))
 
     def _check_layout(self, step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
         names = sorted(saved.keys() | wanted.keys())
@@ -147,10 +173,11 @@ class Checkpointer:
         if faults:
             self._manager.reload()
 
-    def _check_space(self, state: TrainState) -> None:
+    def _check_space(self, state: TrainState, waiting: Mapping[str, np.ndarray]) -> None:
         """Refuses to start what cannot be finished: Orbax's own reaction is pages of tracebacks."""
         self._manager.wait_until_finished()  # as saving does: what is being written takes space too
-        needed = _OVERHEAD + sum(
+        needed = _OVERHEAD + sum(array.nbytes for array in waiting.values())
+        needed += sum(
             shard.data.nbytes
             for array in jax.tree.leaves(state)
             for shard in array.addressable_shards

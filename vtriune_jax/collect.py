@@ -22,10 +22,13 @@ from vtriune_jax.data.feed import Skipped
 from vtriune_jax.data.stream import PromptStream
 from vtriune_jax.metrics import Refill
 from vtriune_jax.stages import Stage
-from vtriune_jax.steps import Compiled, Features, respond, shaped, verify
-from vtriune_jax.types import Group, Verdict
+from vtriune_jax.steps import Encode, Features, shaped, verify
+from vtriune_jax.tail import TailStream
+from vtriune_jax.types import Group, Prompt, Verdict
 
 Clock = Callable[[str], AbstractContextManager[None]]
+Respond = Callable[[Any, Sequence[Prompt], Features, int], list[Group]]
+"""(parameters, prompts, features, prompts drawn before) → completions, as in `steps.respond`."""
 
 
 @dataclass(frozen=True)
@@ -39,35 +42,44 @@ class Collected:
     used: Bool[np.ndarray, " groups"]
     """False for the groups that only fill the batch."""
     features: Features
-    """Of these groups' images, where the vision tower is frozen."""
-    drawn: tuple[list[Group], list[list[Verdict]]]
-    """Everything that was drawn and judged, for the metrics."""
+    """Of these groups' images; None where sampling did not need them."""
+    all_groups: list[Group]
+    """Everything that was drawn …"""
+    all_verdicts: list[list[Verdict]]
+    """… and judged, for the metrics."""
     skipped: list[Skipped]
-    refill: Refill | None
+    refill: Refill | None = None
 
 
 def collect(
     stage: Stage,
     step: int,
     params: Any,
-    prompts: PromptStream,
-    do: Compiled,
+    first: tuple[list[Prompt], list[Skipped]],
+    prompts: PromptStream | TailStream,
+    respond: Respond,
+    encode: Encode | None,
     parts: Parts,
     clock: Clock,
 ) -> Collected:
-    """Draws prompts, completes and judges them, and chooses the groups of the batch."""
+    """Completes and judges prompts, and chooses the groups of the batch.
+
+    `first` are prompts taken already; dynamic sampling may take more. `encode` makes the image
+    features, for a sampler in this process.
+    """
     groups: list[Group] = []
     verdicts: list[list[Verdict]] = []
     features: list[Any] = []
     skipped: list[Skipped] = []
     learnable: list[int] = []
-    for _ in range(stage.refill + 1):
-        drawn, passed_over = prompts.take()
+    for round_ in range(stage.refill + 1):
+        drawn, passed_over = prompts.take() if round_ else first
         skipped += passed_over
-        with clock("encode"):
-            features.append(do.encode(params, drawn))
+        if encode:
+            with clock("encode"):
+                features.append(encode(params, drawn))
         with clock("rollout"):
-            answered = respond(stage, step, params, drawn, features[-1], parts, len(groups))
+            answered = respond(params, drawn, features[-1] if encode else None, len(groups))
         with clock("verify"):
             judged = verify(stage, step, answered, parts)
         learnable += [len(groups) + i for i, each in enumerate(judged) if differ(each)]
@@ -76,11 +88,10 @@ def collect(
         if len(learnable) >= stage.prompts:
             break
     verdicts = shaped(stage, groups, verdicts)
-    drawn_all = (groups, verdicts) if verdicts else ([], [])
     if not stage.refill:
         used = np.ones(len(groups), bool)
-        kept = features[0] if do.vision_frozen else None
-        return Collected(groups, verdicts, used, kept, drawn_all, skipped, None)
+        kept = features[0] if encode else None
+        return Collected(groups, verdicts, used, kept, groups, verdicts, skipped)
 
     chosen = learnable[: stage.prompts]
     seen = chosen[-1] + 1 if len(chosen) == stage.prompts else len(groups)
@@ -92,11 +103,12 @@ def collect(
         groups=[groups[i] for i in order],
         verdicts=[verdicts[i] for i in order],
         used=np.isin(order, chosen),
-        features=jnp.concatenate(features)[np.array(order)] if do.vision_frozen else None,
-        drawn=drawn_all,
+        features=jnp.concatenate(features)[np.array(order)] if encode else None,
+        all_groups=groups,
+        all_verdicts=verdicts,
         skipped=skipped,
         refill=Refill(
-            rounds=len(features) - 1,
+            rounds=round_,
             dropped=[groups[i].prompt.sample.data_source for i in dropped],
             missing=missing,
         ),

@@ -81,11 +81,16 @@ RULES: tuple[tuple[str, Test, str], ...] = (
     (r"model\.tiny\.(vocab_size|hidden|intermediate|layers|heads|kv_heads)", positive, "above 0"),
     (r"model\.tiny\.(vision_\w+|window_size)", positive, "above 0"),
     (r"data\.train", weighted, '(source, weight above 0) pairs, as in (("digits/counting", 1.0),)'),
-    (r"data\.heldout|verifiers\.addresses", strings, 'strings, as in ("digits/counting",)'),
+    (
+        r"data\.heldout|(verifiers|rollout)\.addresses",
+        strings,
+        'strings, as in ("digits/counting",)',
+    ),
     (r"data\.(min|max)_pixels", lambda area: area >= 28 * 28, "at least 784, one 28×28 token"),
     (r"data\.on_bad_row", *one_of("error", "skip")),
     (r"data\.threads", positive, "above 0"),
-    (r"batch\.\w+", positive, "above 0"),
+    (r"batch\.(\w+_tokens|windows|micro_batches)", positive, "above 0"),
+    (r"batch\.layout", *one_of("auto", "single", "group", "packed")),
     (r"(sft|grpo)\.(steps|warmup_steps|weight_decay)", not_negative, "0 or more"),
     (r"(sft|grpo)\.(prompts|lr|grad_clip)", positive, "above 0"),
     (r"(sft|grpo)\.betas", betas, "two numbers in [0, 1)"),
@@ -106,6 +111,10 @@ RULES: tuple[tuple[str, Test, str], ...] = (
     ),
     (r"grpo\.top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
     (r"grpo\.top_k", not_negative, "0 (off) or more"),
+    (r"rollout\.engine", *one_of("local", "sglang")),
+    (r"rollout\.(ahead|carry|over_sampling|probe_prompts)", not_negative, "0 or more"),
+    (r"rollout\.(deadline_seconds|probe_gap)", positive, "above 0"),
+    (r"rollout\.weights_dtype", *one_of("float32", "bfloat16")),
     (r"mesh\.\w+", lambda size: size == -1 or size > 0, "above 0, or -1 for the rest"),
     (r"verifiers\.mode", *one_of("server", "in_process")),
     (r"verifiers\.(workers|timeout_seconds|deadline_seconds)", positive, "above 0"),
@@ -154,6 +163,31 @@ RELATIONS: tuple[tuple[Test, str, tuple[str, ...]], ...] = (
         ("grpo.tis_cap", "grpo.old", "grpo.minibatches", "grpo.epochs"),
     ),
     (
+        lambda ahead, cap: not ahead or cap > 0,
+        "{0} trains on completions of an earlier policy: set {1} above 0, as 2.0",
+        ("rollout.ahead", "grpo.tis_cap"),
+    ),
+    (
+        lambda ahead, refill: ahead <= 1 or not refill,
+        "{0} above 1 needs {1} = 0: how many prompts a step takes must be known before the next",
+        ("rollout.ahead", "grpo.refill"),
+    ),
+    (
+        lambda engine, addresses: (engine == "sglang") == bool(addresses),
+        '{0} and {1} do not go together: "sglang" needs addresses, "local" has none',
+        ("rollout.engine", "rollout.addresses"),
+    ),
+    (
+        lambda extra, engine, refill: not extra or (engine == "sglang" and not refill),
+        '{0} needs "sglang", not {1}, and {2} = 0',
+        ("rollout.over_sampling", "rollout.engine", "grpo.refill"),
+    ),
+    (
+        lambda engine, top_p, top_k: engine == "local" or (top_p == 1 and top_k == 0),
+        "{0} needs {1} = 1 and {2} = 0: servers tell log-probs of what those leave",
+        ("rollout.engine", "grpo.top_p", "grpo.top_k"),
+    ),
+    (
         lambda dual_clip, loss: not dual_clip or loss != "cispo",
         "{0} does nothing with {1}, whose weight is clipped for every advantage; set it to 0",
         ("grpo.dual_clip", "grpo.loss"),
@@ -191,6 +225,9 @@ RELATIONS: tuple[tuple[Test, str, tuple[str, ...]], ...] = (
 )
 """What several keys must satisfy together; {0} is the first one with its value."""
 
-FREE = r"data\.(cache|threads)|(verifiers|mesh|checkpoint|log)\..*"
+FREE = (
+    r"data\.(cache|threads)|(verifiers|mesh|checkpoint|log)\..*"
+    r"|rollout\.(addresses|deadline_seconds|weights_folder\w*|probe_\w+)"
+)
 """Keys that a resumed run may change, beside the steps of its last stage: how long, on what and how
 loudly, not what is learnt."""

@@ -34,8 +34,10 @@ class HeldOut:
         return per_source_means(self.groups, self.verdicts)
 
 
-def evaluate(parts: Parts, params: Any) -> HeldOut:
+def evaluate(parts: Parts, params: Any, version: int) -> HeldOut:
     """Completes and judges every held-out sample once, `config.eval.batch` at a time.
+
+    `version`, the updates behind `params`, is their name on the servers of a fleet.
 
     Boxes are judged at the fixed threshold `config.eval.iou_threshold`, not at the dynamic one of
     training, so that numbers before and after are of the same thing. Rows that are broken or do
@@ -47,6 +49,8 @@ def evaluate(parts: Parts, params: Any) -> HeldOut:
     keys = parts.config.eval
     sampling = Sampling(n=1, temperature=keys.temperature, max_tokens=parts.slots.completion_tokens)
     params = parts.place(params)
+    if parts.served:
+        parts.served.push(params, version)
     key = jax.random.key(parts.config.seed)
     groups: list[Group] = []
     pending, skipped = [], []
@@ -68,7 +72,7 @@ def evaluate(parts: Parts, params: Any) -> HeldOut:
             # A chunk that is not full gets repetitions: one shape, one compilation.
             full = [chunk[i % len(chunk)] for i in range(keys.batch)]
             each = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(keys.batch))
-            features = parts.encode(params, full)
+            features = None if parts.served else parts.encode(params, full)
             answered = parts.engine.generate(
                 params, full, features, sampling, each, parts.slots.prompt_tokens
             )[: len(chunk)]

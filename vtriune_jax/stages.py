@@ -111,6 +111,7 @@ def _grpo(keys: Any, completion_tokens: int, banned_ids: tuple[int, ...]) -> dic
             clip_high=keys.clip_high,
             dual_clip=keys.dual_clip,
             normalise=keys.normalise,
+            room=completion_tokens,
             old="current" if keys.minibatches * keys.epochs == 1 else keys.old,
             tis_cap=keys.tis_cap,
             kl_weight=keys.kl_weight,

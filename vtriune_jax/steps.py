@@ -13,10 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float
 
+from vtriune_jax import sharding
 from vtriune_jax.assemble import Parts
-from vtriune_jax.data.packing import split_batch
+from vtriune_jax.data.packing import pack, padding, split_batch
+from vtriune_jax.data.rows import KINDS, Needs, choose, needs
 from vtriune_jax.evaluate import items
 from vtriune_jax.optim import make_optimizer, partition
 from vtriune_jax.rewards.shaping import soft_overlong
@@ -28,8 +31,10 @@ from vtriune_jax.stages import Stage
 from vtriune_jax.types import Batch, Completion, Group, Prompt, TrainState, Verdict
 
 Features = Float[Array, "groups units embed"] | None
-Encode = Callable[[Any, Sequence[Prompt]], Features]
+Encode = Callable[[Any, Sequence[Prompt]], Float[Array, "groups units embed"]]
 Update = Callable[[TrainState, Batch, int], tuple[TrainState, Sums]]
+Told = dict[str, tuple[float, float]]
+"""Metrics as (sum, count)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Compiled:
 
     state: TrainState
     encode: Encode
-    """Images → features for `respond`; None where neither it nor the update needs them."""
+    """Images → features, for the in-process sampler and the update of a frozen tower."""
     update: Update
     """All minibatches of the batch of a step, one after the other, and the sums over them."""
     vision_frozen: bool
@@ -61,9 +66,7 @@ def compiled(stage: Stage, params: Any, parts: Parts) -> Compiled:
         micro_batches=parts.config.batch.micro_batches,
     )
 
-    def encode(params: Any, prompts: Sequence[Prompt]) -> Features:
-        if not (vision_frozen or stage.sampling):
-            return None
+    def encode(params: Any, prompts: Sequence[Prompt]) -> Float[Array, "groups units embed"]:
         return jax.block_until_ready(parts.encode(params, prompts))
 
     annotate = annotation(stage, params, parts)
@@ -106,10 +109,10 @@ def annotation(stage: Stage, start: Any, parts: Parts) -> Callable[[Any, Batch],
 def respond(
     stage: Stage,
     step: int,
+    parts: Parts,
     params: Any,
     prompts: Sequence[Prompt],
     features: Features,
-    parts: Parts,
     drawn: int = 0,
 ) -> list[Group]:
     """n completions of every prompt, or its demonstration.
@@ -183,3 +186,45 @@ def advantages(
     valid = np.array([[verdict.status == "ok" for verdict in judged] for judged in verdicts])
     values, weights, _ = group_advantages(scores, valid & used[:, None], stage.advantage)
     return values, weights
+
+
+def lay_out(
+    stage: Stage,
+    groups: Sequence[Group],
+    values: Float[np.ndarray, "groups n"],
+    weights: Float[np.ndarray, "groups n"],
+    features: Features,
+    parts: Parts,
+) -> tuple[Batch, Told]:
+    """The batch of a step in the rows that `batch.layout` asks for, and what metrics tell of it.
+
+    `pad/tokens` and `pad/vision` are the padded fractions, `layout/…` is 1 for the kind of rows and
+    0 for the others; a row has `layout/completions` of up to `layout/slot_tokens`.
+    """
+    keys, slots = parts.config.batch, parts.slots
+    unit = keys.micro_batches * sharding.row_shards(parts.mesh) // jax.process_count()
+    rows = choose(
+        keys.layout,
+        _agreed(needs(groups, slots, stage.minibatches, unit)),
+        slots,
+        groups=len(groups) // stage.minibatches,
+        samples=len(groups[0].completions),
+        unit=unit,
+        model=parts.model_config,
+        vision_trained=features is None,
+    )
+    sources = parts.source_index
+    batch = pack(groups, values, weights, sources, slots, features, rows, stage.minibatches, unit)
+    told = padding(batch, [group.prompt for group in groups], slots)
+    layout = {kind: kind == rows.kind for kind in KINDS}
+    layout |= {"completions": rows.n, "slot_tokens": rows.completion_tokens}
+    return batch, told | {f"layout/{name}": (float(x), 1.0) for name, x in layout.items()}
+
+
+def _agreed(needs: Needs) -> Needs:
+    """What the rows of all processes must satisfy: they are of one shape."""
+    if jax.process_count() == 1:
+        return needs
+    mine = np.array([needs.longest, -needs.together])
+    longest, together = np.max(multihost_utils.process_allgather(mine), axis=0)
+    return Needs(int(longest), -int(together))

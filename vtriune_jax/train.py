@@ -5,28 +5,28 @@ data → prompts → rollout → verifiers → advantages → update → metrics
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vtriune_jax import metrics
+from vtriune_jax.ahead import Ahead, Drawn
 from vtriune_jax.assemble import Parts, assemble
 from vtriune_jax.checkpoint import Checkpointer
-from vtriune_jax.collect import collect
-from vtriune_jax.data.feed import Feed, feed, tell
-from vtriune_jax.data.mixture import Mixture
-from vtriune_jax.data.packing import check_fits, pack
-from vtriune_jax.data.stream import Chunk, PromptStream
+from vtriune_jax.collect import Collected, collect
+from vtriune_jax.data.feed import feed, tell
+from vtriune_jax.draw import START, prompts_ahead, responder
 from vtriune_jax.evaluate import evaluate, read_means, save_means
 from vtriune_jax.finish import finish
 from vtriune_jax.metrics import SourceMean
 from vtriune_jax.models import lora
 from vtriune_jax.stages import Stage, plan
-from vtriune_jax.steps import advantages, compiled, demonstration
-from vtriune_jax.types import Prompt, Sample, TrainState
+from vtriune_jax.steps import Compiled, Told, advantages, compiled, lay_out
+from vtriune_jax.timeline import Clock, Timeline
+from vtriune_jax.types import Batch, TrainState
+from vtriune_jax.waiting import first_from, from_arrays, to_arrays
 from vtriune_jax.writers import MetricsWriter, Progress
 
 
@@ -45,11 +45,12 @@ def run(config: Any, workdir: Path) -> None:
         params, before, seconds = parts.params, {}, 0.0
         for stage in stages:
             if stage is stages[-1]:
-                before = heldout_before(parts, params, workdir)
+                before = heldout_before(parts, params, stage.start, workdir)
             params, spent = train(stage, params, parts, writer, workdir)
             seconds += spent
         steps = sum(stage.steps for stage in stages)
-        finish(parts, workdir, params, before, evaluate(parts, params), steps, seconds)
+        heldout = evaluate(parts, params, version=steps)
+        finish(parts, workdir, params, before, heldout, steps, seconds)
 
 
 def train(
@@ -58,43 +59,90 @@ def train(
     """Trains one stage to its end; returns the parameters and the seconds that it took in all."""
     config = parts.config
     do = compiled(stage, params, parts)
-    state = do.state
-    mixture = Mixture(parts.train, seed=config.seed + stage.number)
+    state, position, ready = do.state, START, []
     progress = Progress(workdir, every=config.log.seconds)
     folder = workdir / "checkpoints" / stage.name
     with (
         Checkpointer(folder, config.checkpoint.every, config.checkpoint.keep) as checkpoints,
         feed(config.data.threads, config.data.on_bad_row) as source,
+        Timeline(workdir / "timeline.json") as timeline,
     ):
-        done, taken, seconds = 0, 0, 0.0
         if restored := checkpoints.restore(kept(state)):
-            saved, position = restored
-            state = replace(saved, params=lora.put_back(state.params, saved.params))
-            done, taken, seconds = (position[key] for key in ("done", "taken", "seconds"))
-            mixture.restore(position["data"])
+            state = replace(
+                restored.state, params=lora.put_back(state.params, restored.state.params)
+            )
+            position = restored.extra
+            ready = from_arrays(restored.waiting, parts.prompter.decode)
+        done, seconds = position["done"], position["seconds"]
         if done < stage.steps:
             writer.resume(stage.start + done)
         began = time.monotonic() - seconds
-        prompts = prompts_ahead(stage, done, taken, mixture, parts, source)
-        for step in range(done, stage.steps):
-            clock = Clock()
-            got = collect(stage, step, state.params, prompts, do, parts, clock)
-            tell(got.skipped, f"{stage.name} step {step + 1}")
-            with clock("update"):
-                values, weights = advantages(stage, got.groups, got.verdicts, got.used)
-                rows = got.groups, values, weights, parts.source_index, parts.slots, got.features
-                state, sums = do.update(state, pack(*rows), step)
-            left_out = [row.data_source for row in got.skipped]
-            record = metrics.finish(
-                sums, *got.drawn, parts.sources, clock.seconds, left_out, got.refill
-            )
-            writer.write(stage.start + step, record, stage.name)
-            progress(stage.name, step + 1, stage.steps, record)
-            seconds = time.monotonic() - began
-            position = {"done": step + 1, "seconds": seconds} | prompts.position()
-            last = step + 1 == stage.steps
-            (checkpoints.save if last else checkpoints.maybe)(step + 1, kept(state), position)
+        prompts = prompts_ahead(stage, position, parts, source)
+
+        def sample(step: int, params: Any, first: Drawn, clock: Clock) -> Collected:
+            answer = responder(stage, step, prompts, parts)
+            answer = first_from(ready, answer) if step == done else answer
+            encode = do.encode if stage.sampling and not parts.served else None
+            return collect(stage, step, params, first, prompts, answer, encode, parts, clock)
+
+        def save(step: int) -> None:
+            where, waiting = rollouts.position()
+            extra = where | {"done": step, "seconds": time.monotonic() - began}
+            checkpoints.save(step, kept(state), extra, to_arrays(waiting))
+
+        with Ahead(
+            sample,
+            prompts,
+            partial(timeline.clock, stage.name),
+            ahead=config.rollout.ahead if stage.sampling else 0,
+            last=stage.steps,
+            threads=parts.served is not None,
+        ) as rollouts:
+            if parts.served and stage.sampling and done < stage.steps:
+                parts.served.push(state.params, stage.start + done)
+            for step in range(done, stage.steps):
+                if step > done and checkpoints.due(step):
+                    save(step)
+                got, clock = rollouts.take(step, state.params)
+                tell(got.skipped, f"{stage.name} step {step + 1}")
+                with clock("update"):
+                    batch, told = packed(stage, got, do, state.params, parts)
+                    state, sums = do.update(state, batch, step)
+                pushed = {}
+                if parts.served and stage.sampling:
+                    with clock("sync"):
+                        pushed = parts.served.push(state.params, stage.start + step + 1)
+                record = metrics.finish(
+                    sums | told,
+                    got.all_groups if got.all_verdicts else [],
+                    got.all_verdicts,
+                    parts.sources,
+                    clock.seconds,
+                    [row.data_source for row in got.skipped],
+                    got.refill,
+                )
+                writer.write(stage.start + step, record | pushed, stage.name)
+                progress(stage.name, step + 1, stage.steps, record)
+            if done < stage.steps:
+                save(stage.steps)
+                seconds = time.monotonic() - began
     return state.params, seconds
+
+
+def packed(
+    stage: Stage, got: Collected, do: Compiled, params: Any, parts: Parts
+) -> tuple[Batch, Told]:
+    """The rows of a step, and what to tell of them.
+
+    A frozen vision tower encodes the images of each group here, if sampling has not done so.
+    """
+    features = None
+    if do.vision_frozen:
+        features = got.features
+        if features is None:
+            features = do.encode(params, [group.prompt for group in got.groups])
+    values, weights = advantages(stage, got.groups, got.verdicts, got.used)
+    return lay_out(stage, got.groups, values, weights, features, parts)
 
 
 def kept(state: TrainState) -> TrainState:
@@ -102,51 +150,11 @@ def kept(state: TrainState) -> TrainState:
     return replace(state, params=lora.kept(state.params))
 
 
-def prompts_ahead(
-    stage: Stage, done: int, taken: int, mixture: Mixture, parts: Parts, source: Feed
-) -> PromptStream:
-    """The prompts of the remaining steps, the next ones prepared while the last ones are used.
-
-    Without dynamic sampling a step has one chunk, of its own number. `taken` prompts were used in
-    the `done` steps.
-    """
-
-    def prepare(number: int) -> Chunk:
-        def make(sample: Sample) -> Prompt:
-            prompt = parts.prompter(sample, number)
-            answer = 0 if stage.sampling else len(demonstration(prompt, parts).ids)
-            check_fits(prompt, answer, parts.slots)
-            return prompt
-
-        before = mixture.state()
-        good, bad = source.draw(mixture, stage.prompts, make)
-        return Chunk(number, good, bad, before, mixture.state())
-
-    first, begun = divmod(taken, stage.prompts)
-    most = (stage.steps - done) * (stage.refill + 1) + bool(begun)
-    chunks = source.ahead(prepare, range(first, first + most))
-    return PromptStream(chunks, stage.prompts, taken)
-
-
-def heldout_before(parts: Parts, params: Any, workdir: Path) -> dict[str, SourceMean]:
+def heldout_before(parts: Parts, params: Any, version: int, workdir: Path) -> dict[str, SourceMean]:
     """Held-out rewards before the last stage; a resumed run takes those of its first start."""
     path = workdir / "heldout_before.json"
     means = read_means(path)
     if means is None:
-        means = evaluate(parts, params).means()
+        means = evaluate(parts, params, version).means()
         save_means(path, means)
     return means
-
-
-class Clock:
-    """Wall seconds per part of a step, for the metrics `time/<part>`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        """Times a `with` block."""
-        start = time.monotonic()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - start

@@ -139,30 +139,35 @@ class Verdict:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """Rows of static shape: a left-padded prompt slot, then a right-padded completion slot.
+    """Rows of static shape: prompts and n completions in each (`data.rows`).
 
-    `tokens` = prompt slot + completion slot; the arrays over `completion` belong to its last
-    `completion` tokens. A row of padding has segment 0 and mask 0 throughout.
+    Where `predictors` is None the last n · completion tokens of a row are n slots, one for each
+    completion, and all before them is one prompt. A row of padding has segment 0 and mask 0
+    throughout.
     """
 
     ids: Int[Array, "rows tokens"] | np.ndarray
     positions: Int[Array, "rows 3 tokens"] | np.ndarray
     segments: Int[Array, "rows tokens"] | np.ndarray
-    """0 in the padding; tokens see earlier tokens of their own segment."""
+    """0 in the padding; tokens see earlier tokens of their own segment, but not of other slots."""
     image_index: Int[Array, "rows tokens"] | np.ndarray
-    mask: Float[Array, "rows completion"] | np.ndarray
+    """The place of the token's feature among the encoded units of its prompt, or -1. The prompt of
+    segment s is the s-th of the row."""
+    mask: Float[Array, "rows n completion"] | np.ndarray
     """1 where the token is trained on."""
-    advantages: Float[Array, "rows completion"] | np.ndarray
-    rollout_logps: Float[Array, "rows completion"] | np.ndarray
-    source: Int[Array, " rows"] | np.ndarray
-    """Index of the row's data source, for metrics."""
+    advantages: Float[Array, "rows n completion"] | np.ndarray
+    rollout_logps: Float[Array, "rows n completion"] | np.ndarray
+    source: Int[Array, "rows n"] | np.ndarray
+    """Index of the completion's data source, for metrics."""
+    predictors: Int[Array, "rows n completion"] | np.ndarray | None = None
+    """Of packed rows: the place of the token before each token of a completion."""
     vision: Vision | None = None
-    """Patches, when the vision tower is trained …"""
-    features: Float[Array, "rows units embed"] | None = None
+    """Patches [rows, prompts, …], when the vision tower is trained …"""
+    features: Float[Array, "rows prompts units embed"] | None = None
     """… or its output, encoded once per prompt, when it is frozen."""
-    old_logps: Float[Array, "rows completion"] | None = None
+    old_logps: Float[Array, "rows n completion"] | None = None
     """The trainer's before the first update of a step, where its loss needs them."""
-    reference_logps: Float[Array, "rows completion"] | None = None
+    reference_logps: Float[Array, "rows n completion"] | None = None
     """The reference model's, where there is a penalty on the distance from it."""
 
 

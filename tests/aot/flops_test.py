@@ -19,8 +19,19 @@ def program(*more):
 def test_a_step_without_remat_does_what_the_formula_says_and_the_masked_half_of_attention():
     found = program("model.remat=none", "grpo.prompts=4", "batch.completion_tokens=512")
     model, executed = flops.model_flops(found), flops.executed_flops(found)
-    assert flops.tokens(found) == 4 * 8 * 2560
+    assert flops.tokens(found) == 4 * (2048 + 8 * 512)
     assert 1.0 < executed / model < 1.06
+
+
+def test_group_rows_save_the_prompts_and_packed_ones_are_counted_as_single_ones():
+    """8 · (2048 + 512) tokens of a group become 2048 + 8 · 512, 0.3 of them."""
+    short = ("model.remat=none", "grpo.prompts=4", "batch.completion_tokens=512")
+    single, packed = (program(*short, f"batch.layout={kind}") for kind in ("single", "packed"))
+    grouped = program(*short)
+    assert flops.tokens(single) == flops.tokens(packed) == 4 * 8 * 2560
+    for count in (flops.model_flops, flops.executed_flops):
+        assert count(packed) == pytest.approx(count(single), rel=1e-3)
+        assert 0.3 < count(grouped) / count(single) < 0.4
 
 
 def test_remat_repeats_the_forward_pass_of_the_layers():

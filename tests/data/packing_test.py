@@ -4,14 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from vtriune_jax.data.packing import (
-    Slots,
-    check_fits,
-    pack,
-    repeat_features,
-    split_batch,
-    stack_vision,
-)
+from vtriune_jax.data.packing import check_fits, pack, padding, split_batch, stack_vision
+from vtriune_jax.data.rows import Rows, Slots, choose, needs
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import ModelConfig, TextConfig, VisionConfig, layout
 from vtriune_jax.types import Completion, Group, Prompt, RewardConfig, Sample
@@ -124,36 +118,97 @@ def test_only_image_tokens_of_the_prompt_take_features(groups, batch):
 def test_masks_weights_and_advantages(batch):
     lengths, weights = [3, 5, 1, 4, 2, 2], [1, 1, 1, 0, 1, 1]
     inside = np.arange(5) < np.array(lengths)[:, None]
-    np.testing.assert_array_equal(batch.mask, inside * np.array(weights)[:, None])
+    np.testing.assert_array_equal(batch.mask[:, 0], inside * np.array(weights)[:, None])
     assert batch.mask.dtype == batch.advantages.dtype == np.float32
     np.testing.assert_array_equal(
-        batch.advantages, np.repeat([[1.0], [-1.0], [0.5], [0.25], [2.0], [-2.0]], 5, axis=1)
+        batch.advantages[:, 0], np.repeat([[1.0], [-1.0], [0.5], [0.25], [2.0], [-2.0]], 5, axis=1)
     )
-    np.testing.assert_array_equal(batch.rollout_logps, inside * -np.arange(1.0, 6.0))
-    assert batch.source.tolist() == [0, 0, 1, 1, 0, 0]
+    np.testing.assert_array_equal(batch.rollout_logps[:, 0], inside * -np.arange(1.0, 6.0))
+    assert batch.source[:, 0].tolist() == [0, 0, 1, 1, 0, 0]
 
 
 def test_images_travel_once_per_row(groups, batch):
     assert batch.features is None
-    assert batch.vision.segments.shape == (6, 4, 16)
+    assert batch.vision.segments.shape == (6, 1, 4, 16)
     for row, (prompt, _) in enumerate(rows_of(groups)):
         windows = len(prompt.vision.segments)
-        np.testing.assert_array_equal(batch.vision.patches[row, :windows], prompt.vision.patches)
-        assert not batch.vision.segments[row, windows:].any()
-    assert batch.vision.segments.max(axis=(1, 2)).tolist() == [1, 1, 0, 0, 2, 2]
+        got = batch.vision.patches[row, 0, :windows]
+        np.testing.assert_array_equal(got, prompt.vision.patches)
+        assert not batch.vision.segments[row, 0, windows:].any()
+    assert batch.vision.segments.max(axis=(1, 2, 3)).tolist() == [1, 1, 0, 0, 2, 2]
 
 
-def test_or_as_features_once_per_group(groups):
-    groups = [groups[0], make_group(groups[1].prompt, 1), make_group(groups[2].prompt, 2, 1, 1)]
-    ones = [np.ones(len(group.completions)) for group in groups]
-    filled_up = np.arange(5 * 16 * 8, dtype=np.float32).reshape(5, 16, 8)  # two rows too many
-    flat = np.concatenate(ones)
-    batch = pack(groups, flat, flat, SOURCES, SLOTS, filled_up)
+def test_or_as_features_for_each_prompt_of_a_row(groups):
+    ones = np.ones((3, 2))
+    filled_up = np.arange(5 * 16 * 8, dtype=np.float32).reshape(5, 16, 8)  # two prompts too many
+    batch = pack(groups, ones, ones, SOURCES, SLOTS, filled_up)
     assert batch.vision is None
-    np.testing.assert_array_equal(batch.features, filled_up[[0, 0, 1, 2, 2, 2]])
-    np.testing.assert_array_equal(
-        repeat_features(filled_up[:2], np.array([1, 3])), filled_up[[0, 1, 1, 1]]
-    )
+    np.testing.assert_array_equal(batch.features[:, 0], filled_up[[0, 0, 1, 1, 2, 2]])
+    batch = pack(groups, ones, ones, SOURCES, SLOTS, filled_up, Rows("group", 2, 5, 30))
+    np.testing.assert_array_equal(batch.features[:, 0], filled_up[:3])
+
+
+def test_a_group_row_has_the_prompt_once(groups):
+    ones = np.ones((3, 2))
+    rows = Rows("group", 2, 5, 30)
+    single, grouped = (pack(groups, ones, ones, SOURCES, SLOTS, None, r) for r in (None, rows))
+    assert grouped.ids.shape == (3, 30)
+    assert grouped.vision.segments.shape == (3, 1, 4, 16)
+    for name in ("ids", "segments", "image_index", "positions"):
+        one, both = getattr(single, name), getattr(grouped, name)
+        np.testing.assert_array_equal(both[..., :20], one[::2, ..., :20])
+        np.testing.assert_array_equal(both[..., 20:25], one[::2, ..., 20:])
+        np.testing.assert_array_equal(both[..., 25:], one[1::2, ..., 20:])
+    for name in ("mask", "advantages", "rollout_logps"):
+        one, both = getattr(single, name), getattr(grouped, name)
+        np.testing.assert_array_equal(both.reshape(6, 5), one[:, 0])
+
+
+def test_packed_rows_hold_each_completion_once(groups):
+    """In any order, every sequence whole, in a segment of its own, with what belongs to it."""
+    groups = [make_group(make_prompt(text=2), 3, 1), *groups[:1], *groups[:2]]
+    values = np.arange(8.0).reshape(4, 2)
+    asked = needs(groups, SLOTS, parts=2, unit=1)
+    rows = choose("packed", asked, SLOTS, 2, 2, 1, CONFIG, True)
+    assert (rows.n, rows.tokens) == (2, 25)
+    batch = pack(groups, values, values + 1, SOURCES, SLOTS, None, rows, parts=2)
+    assert batch.ids.shape == (4, 25)
+    seen = []
+    for row, k in np.ndindex(batch.mask.shape[:2]):
+        number = int(batch.advantages[row, k, 0])
+        seen.append(number)
+        prompt, completion = rows_of(groups)[number]
+        length, here = len(completion.ids), batch.segments[row] == k + 1
+        whole = np.concatenate([prompt.ids, completion.ids])
+        np.testing.assert_array_equal(batch.ids[row, here], whole)
+        want = layout.mrope_positions(whole, prompt.grid_thw, CONFIG)
+        np.testing.assert_array_equal(batch.positions[row][:, here], want)
+        image_index = batch.image_index[row, here]
+        np.testing.assert_array_equal(image_index[: len(prompt.ids)], prompt.image_index)
+        assert (image_index[len(prompt.ids) :] == -1).all()
+        windows = len(prompt.vision.segments)
+        got = batch.vision.patches[row, k, :windows]
+        np.testing.assert_array_equal(got, prompt.vision.patches)
+        targets = batch.ids[row, batch.predictors[row, k] + 1][:length]
+        np.testing.assert_array_equal(targets, completion.ids)
+        np.testing.assert_array_equal(batch.rollout_logps[row, k, :length], completion.logps)
+        np.testing.assert_array_equal(batch.mask[row, k], (np.arange(5) < length) * (number + 1))
+        assert batch.source[row, k] == SOURCES[prompt.sample.data_source]
+    assert sorted(seen[:4]) == [0, 1, 2, 3]  # a group stays in its minibatch
+    assert sorted(seen) == list(range(8))
+    with pytest.raises(ValueError, match="do not fit"):
+        pack(groups, values, values, SOURCES, SLOTS, None, dataclasses.replace(rows, n=8))
+
+
+def test_padding_is_counted(groups, batch):
+    prompts = [group.prompt for group in groups]
+    found = padding(batch, prompts, SLOTS)
+    tokens = sum(2 * len(g.prompt.ids) + sum(len(c.ids) for c in g.completions) for g in groups)
+    assert found["pad/tokens"] == (6 * 25 - tokens, 6 * 25)
+    patches = 2 * (16 + 24 + 4)
+    assert found["pad/vision"] == (6 * 4 * 16 - patches, 6 * 4 * 16)
+    frozen = dataclasses.replace(batch, vision=None)
+    assert padding(frozen, prompts, SLOTS)["pad/vision"] == (3 * 64 - patches / 2, 3 * 64)
 
 
 def test_prompts_of_text_alone():

@@ -52,3 +52,17 @@ def test_a_stream_goes_on_from_a_position(back):
     for _ in range(3):
         assert whole.take() == resumed.take()
         assert whole.position() == resumed.position()
+
+
+def test_any_number_can_be_taken_and_each_prompt_has_a_ticket():
+    stream = PromptStream(chunks(), SIZE)
+    assert numbers(stream.take(6)[0]) == [0, 1, 2, 3, 4, 5]
+    assert stream.tickets(3) == [
+        {"number": 3, "data": {"drawn": 0}},
+        {"number": 4, "data": {"drawn": 1}},
+        {"number": 5, "data": {"drawn": 1}},
+    ]
+    assert stream.take(0) == ([], [])
+    assert stream.tickets(0) == []
+    assert numbers(stream.take()[0]) == [6, 7, 8, 9]
+    assert stream.position() == {"taken": 10, "data": {"drawn": 2}}

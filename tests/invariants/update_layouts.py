@@ -9,8 +9,11 @@ from dataclasses import replace
 import jax
 import numpy as np
 
+from tests.rl.tiny_groups import GRIDS, SLOTS, SOURCES, make_group
 from tests.rl.tiny_update import CONFIG, SFT, build, make_batch
 from vtriune_jax import sharding
+from vtriune_jax.data.packing import pack
+from vtriune_jax.data.rows import choose, needs
 from vtriune_jax.models import LoRAConfig, lora
 from vtriune_jax.rl.losses import LossConfig
 
@@ -59,9 +62,46 @@ def mesh_of(sizes):
     return sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
 
 
+def groups_in_rows(kind):
+    """8 groups of 2 completions, one of which failed, in rows of the kind, a multiple of 8."""
+    rng = np.random.default_rng(0)
+    groups = [
+        make_group(rng, text, grids, lengths, source)
+        for text, grids, lengths, source in zip(
+            (1, 2, 3, 4) * 2, GRIDS * 2, ((1, 6), (3, 3)) * 4, "abcbacab", strict=True
+        )
+    ]
+    features = np.random.default_rng(1).normal(size=(8, 8, CONFIG.text.embed)).astype(np.float32)
+    values, weights = rng.normal(size=(8, 2)), np.ones((8, 2))
+    weights[3, 1] = 0.0
+    rows = choose(kind, needs(groups, SLOTS, 1, 8), SLOTS, 8, 2, 8, CONFIG, False)
+    if rows.n != {"single": 1, "group": 2, "packed": 2}[kind]:
+        raise ValueError(f"these are not {kind} rows: {rows}")
+    return pack(groups, values, weights, SOURCES, SLOTS, features, rows, unit=8)
+
+
+def rows_report():
+    """Every kind of rows on several meshes, against single rows on one device."""
+    report, want = {}, None
+    for kind, name in (
+        ("single", "one device"),
+        ("group", "one device"),
+        ("group", "1,8,1"),
+        ("group", "2,2,2 and 2 micro-batches"),
+        ("packed", "8,1,1"),
+        ("packed", "2,2,2 and 2 micro-batches"),
+    ):
+        sizes, micro_batches = LAYOUTS[name]
+        got, kept, cut = run(mesh_of(sizes), micro_batches, groups_in_rows(kind))
+        want = want or got
+        entry = {"differences": differences(got, want), "kept": kept, "cut": cut}
+        report[f"{kind} rows: {name}"] = entry
+    return report
+
+
 def main() -> None:
     """Compare every layout with the first."""
-    report = {}
+    report = rows_report()
     for kind, batch, options in (
         ("grpo", make_batch(), {}),
         ("sft", make_batch(vision=True), {"loss": SFT, "freeze": ()}),

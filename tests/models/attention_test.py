@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from vtriune_jax.models.attention import attention
 
@@ -11,15 +12,16 @@ def random(*shape):
     return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
-def naive(query, key, value, segments, causal):
-    """Token by token, head by head."""
+def naive(query, key, value, segments, causal, slot=None):
+    """Token by token, head by head; tokens of different slots, if not 0, do not see each other."""
+    slot = np.zeros(query.shape[1], int) if slot is None else slot
     out = np.zeros(query.shape, np.float32)
     rows, tokens, heads, head_dim = query.shape
     for row, t, head in np.ndindex(rows, tokens, heads):
         seen = [
             s
             for s in range(t + 1 if causal else tokens)
-            if segments[row, s] == segments[row, t] != 0
+            if segments[row, s] == segments[row, t] != 0 and slot[s] in (0, slot[t])
         ]
         if seen:
             kv_head = head // (heads // key.shape[2])
@@ -39,6 +41,34 @@ def test_segments_and_grouped_heads():
         real = segments != 0
         np.testing.assert_allclose(ours[real], expected[real], atol=1e-6)
         assert np.isfinite(ours).all()
+
+
+@pytest.mark.parametrize(("n", "size"), [(3, 4), (1, 5), (2, 150)])
+def test_slots_see_the_prompt_and_themselves(n, size):
+    """(2, 150): more than one block of queries."""
+    rng = np.random.default_rng(1)
+    tokens = 7 + n * size
+    slot = np.concatenate([np.zeros(7, int), np.repeat(np.arange(1, n + 1), size)])
+    segments = np.ones((2, tokens), int)
+    segments[0, :2] = 0
+    segments[1, 7:] = np.concatenate([np.arange(size) < k for k in rng.integers(1, size, n)])
+    query, key, value = (
+        random(2, tokens, 4, 8),
+        random(2, tokens, 2, 8) + 1,
+        random(2, tokens, 2, 8),
+    )
+    run = jax.jit(attention, static_argnames=("causal", "slots"))
+    ours = run(query, key, value, jnp.asarray(segments), causal=True, slots=(n, size))
+    expected = naive(*map(np.asarray, (query, key, value)), segments, True, slot)
+    real = segments != 0
+    np.testing.assert_allclose(ours[real], expected[real], atol=1e-6)
+    assert np.isfinite(ours).all()
+
+
+def test_slots_are_causal():
+    x, segments = random(1, 5, 2, 4), jnp.ones((1, 5), jnp.int32)
+    with pytest.raises(ValueError, match="causal"):
+        attention(x, x, x, segments, causal=False, slots=(2, 2))
 
 
 def test_gradients_are_finite_in_the_padding():

@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 from tests.parity.drawn import draw_oracle, draw_rows
 from tests.parity.oracle import END, IMAGE, START, VIDEO, Oracle, as_prompt, torch
 from vtriune_jax import models, sharding
-from vtriune_jax.data.packing import Slots, pack
+from vtriune_jax.data.packing import pack
+from vtriune_jax.data.rows import Slots
 from vtriune_jax.models import layout, weights
 from vtriune_jax.rl.losses import LossConfig
 from vtriune_jax.rl.update import init_state, make_update
@@ -153,7 +154,7 @@ def our_gradient(case, groups, advantages):
     batch = pack(groups, advantages, 0 * advantages + 1, {"test": 0}, slots, case.features)
     rows = len(batch.ids)
     batch = jax.tree.map(np.asarray, batch)
-    batch.source[:] = np.arange(rows)
+    batch.source[:, 0] = np.arange(rows)
     remember = optax.chain(optax.trace(decay=0.0), optax.scale(0.0))
     mesh, freeze = sharding.make_mesh(devices=jax.devices()[:1]), ("^visual/",)
     state = init_state(case.params, remember, mesh, freeze)

@@ -22,10 +22,11 @@ def dense(graphdef, params, batch):
     """All logits, log_softmax, pick."""
     model = models.merge(graphdef, jax.tree.map(jnp.asarray, params))
     batch = jax.tree.map(jnp.asarray, batch)
-    hidden = model(batch.ids, batch.positions, batch.segments, batch.features, batch.image_index)
+    features = batch.features[:, 0]
+    hidden = model(batch.ids, batch.positions, batch.segments, features, batch.image_index)
     logits = (hidden @ model.head()).at[..., jnp.array(CONFIG.banned_ids)].set(-jnp.inf)
     logps = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], batch.ids[:, 1:, None], 2)
-    return np.where(batch.mask > 0, logps[:, -batch.mask.shape[1] :, 0], 0.0)
+    return np.where(batch.mask > 0, logps[:, None, -batch.mask.shape[2] :, 0], 0.0)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 4])

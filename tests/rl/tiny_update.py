@@ -73,6 +73,7 @@ def make_batch(rows=ROWS, seed=0, vision=False) -> Batch:
     image_index = np.full((rows, tokens), -1, np.int32)
     image_index[:, PROMPT - 6 : PROMPT - 2] = [unit_index for _, unit_index in packed]
     features = rng.normal(size=(rows, 4, CONFIG.text.embed)).astype(np.float32)
+    stacked = layout.stack_visions([v for v, _ in packed], 1)
     own = np.random.default_rng([seed, 1])
     old_logps, reference_logps = own.normal(-4.15, 0.3, (2, rows, COMPLETION))
     return Batch(
@@ -80,12 +81,12 @@ def make_batch(rows=ROWS, seed=0, vision=False) -> Batch:
         positions=np.repeat(positions[:, None], 3, 1),
         segments=segments,
         image_index=image_index,
-        mask=segments[:, PROMPT:].astype(np.float32),
-        advantages=np.repeat(rng.normal(size=(rows, 1)), COMPLETION, 1).astype(np.float32),
-        rollout_logps=rng.normal(-4.15, 0.3, (rows, COMPLETION)).astype(np.float32),
-        source=rng.integers(0, SOURCES, rows).astype(np.int32),
-        vision=layout.stack_visions([v for v, _ in packed], 1) if vision else None,
-        features=None if vision else features,
-        old_logps=old_logps.astype(np.float32),
-        reference_logps=reference_logps.astype(np.float32),
+        mask=segments[:, None, PROMPT:].astype(np.float32),
+        advantages=np.repeat(rng.normal(size=(rows, 1, 1)), COMPLETION, 2).astype(np.float32),
+        rollout_logps=rng.normal(-4.15, 0.3, (rows, 1, COMPLETION)).astype(np.float32),
+        source=rng.integers(0, SOURCES, (rows, 1)).astype(np.int32),
+        vision=jax.tree.map(lambda x: x[:, None], stacked) if vision else None,
+        features=None if vision else features[:, None],
+        old_logps=old_logps[:, None].astype(np.float32),
+        reference_logps=reference_logps[:, None].astype(np.float32),
     )

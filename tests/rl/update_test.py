@@ -50,12 +50,12 @@ def sft():
 
 
 def dense_logps(model, batch, features, banned):
-    """[rows, completion] by the shortest way: all logits, log_softmax, pick."""
+    """[rows, 1, completion] by the shortest way: all logits, log_softmax, pick."""
     batch, features = jax.tree.map(jnp.asarray, (batch, features))
     hidden = model(batch.ids, batch.positions, batch.segments, features, batch.image_index)
     logits = (hidden @ model.head()).at[..., jnp.array(banned)].set(-jnp.inf)
     logps = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], batch.ids[:, 1:, None], 2)
-    return logps[:, -COMPLETION:, 0]
+    return logps[:, None, -COMPLETION:, 0]
 
 
 def test_grpo_equals_a_plain_implementation(grpo):
@@ -65,7 +65,7 @@ def test_grpo_equals_a_plain_implementation(grpo):
 
     def loss(language, visual):
         model = models.merge(graphdef, {"language": language, "visual": visual})
-        logps = dense_logps(model, batch, batch.features, CONFIG.banned_ids)
+        logps = dense_logps(model, batch, batch.features[:, 0], CONFIG.banned_ids)
         r = jnp.exp(logps - batch.rollout_logps)
         clipped = jnp.clip(r, 0.8, 1.28)
         per_token = jnp.maximum(-batch.advantages * r, -batch.advantages * clipped)
@@ -183,10 +183,10 @@ def test_the_order_of_rows_and_rows_of_padding_do_not_matter(grpo):
 def test_banned_tokens_of_a_completion_are_left_out(grpo):
     update, fresh, _ = grpo
     batch = make_batch()
-    row, place = np.argwhere(batch.mask > 0)[-1]
+    row, _, place = np.argwhere(batch.mask > 0)[-1]
     ids, mask = batch.ids.copy(), batch.mask.copy()
     ids[row, -COMPLETION + place] = CONFIG.image_token_id
-    mask[row, place] = 0.0
+    mask[row, 0, place] = 0.0
     _, got = update(fresh(), dataclasses.replace(batch, ids=ids))
     _, want = update(fresh(), dataclasses.replace(batch, ids=ids, mask=mask))
     assert_same(host(got), host(want))
@@ -201,7 +201,7 @@ def test_sft_trains_the_vision_tower_too(sft):
         state, sums = update(state, batch)
         losses.append(ratio(sums["loss"]))
     model = models.merge(graphdef, jax.tree.map(jnp.asarray, before))
-    features = model.encode(jax.tree.map(jnp.asarray, batch.vision))
+    features = model.encode(jax.tree.map(lambda x: jnp.asarray(x[:, 0]), batch.vision))
     logps = dense_logps(model, batch, features, CONFIG.banned_ids)
     expected = -jnp.where(batch.mask > 0, logps, 0.0).sum() / batch.mask.sum()
     np.testing.assert_allclose(losses[0], expected, rtol=1e-5)

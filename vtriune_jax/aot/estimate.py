@@ -170,7 +170,7 @@ def advice(
     config: Any, program: Program, mesh: Mesh, memory: dict[str, Any], limit: int
 ) -> list[str]:
     """What to change so that the program fits, the nearest means first."""
-    rows, shards = program.batch.ids.shape[0], sharding.row_shards(mesh)
+    rows, shards = prod(program.batch.mask.shape[:2]), sharding.row_shards(mesh)
     pieces, found = config.batch.micro_batches, []
     if memory["argument_bytes"] > 0.9 * limit:
         found.append(

@@ -25,7 +25,7 @@ def model_flops(program: Program) -> float:
     """FLOPs that one update of this batch needs, on all devices together.
 
         forward    2 · (matrices of the layers · tokens + head · completion tokens)
-                   + 2 · layers · rows · tokens² · embed      (causal attention: half the square)
+                   + 4 · layers · embed · pairs               (query and key that it sees)
         backward   the same for the gradient of the inputs, the same for that of the matrices that
                    are trained, and twice the attention
 
@@ -35,14 +35,14 @@ def model_flops(program: Program) -> float:
     """
     batch, text = program.batch, program.model.text
     rows, length = batch.ids.shape
-    head = 2 * text.embed * text.vocab * rows * batch.mask.shape[1]
+    head = 2 * text.embed * text.vocab * batch.mask.size
     forward, trained = float(head), float(_head_trained(program) * head)
     for path, shape in _matrices(program).items():
         if path.startswith("language/layers/"):
             cost = 2 * prod(shape) * rows * length
             forward += cost
             trained += cost * (path in program.trained)
-    attention = 2 * text.layers * rows * length**2 * text.embed
+    attention = 4 * text.layers * text.embed * _pairs(batch)
     language = 2 * forward + trained + 3 * attention
     return language + (_tower_flops(program, batch.vision) if batch.vision else 0.0)
 
@@ -80,10 +80,19 @@ def _matrices(program: Program) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _pairs(batch: Any) -> float:
+    """Pairs of a query and a key in the rows: half the square of a causal row or slot, and the
+    prompt for each token of a slot."""
+    (rows, length), (_, n, completion) = batch.ids.shape, batch.mask.shape
+    slots = 0 if batch.predictors is not None else n * completion
+    prompt = length - slots
+    return rows * (prompt**2 / 2 + slots * (prompt + completion / 2))
+
+
 def _tower_flops(program: Program, images: Vision) -> float:
     vision = program.model.vision
-    rows, windows, slots = images.segments.shape
-    patches = rows * windows * slots
+    windows, slots = images.segments.shape[-2:]
+    patches = images.segments.size
     forward = trained = 0.0
     for path, shape in _matrices(program).items():
         if path.startswith(TOWER):

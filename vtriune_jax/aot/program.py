@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from vtriune_jax import models, sharding
 from vtriune_jax.data import digits
+from vtriune_jax.data.rows import Needs, Rows, Slots, choose
 from vtriune_jax.data.tokenizer import load_processor, write_processor
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import ModelConfig, lora, weights
@@ -22,7 +23,7 @@ from vtriune_jax.models.pretrained import read_config
 from vtriune_jax.models.sizes import SIZES
 from vtriune_jax.optim import make_optimizer, partition
 from vtriune_jax.rl.update import abstract_state, jit_update
-from vtriune_jax.stages import plan
+from vtriune_jax.stages import Stage, plan
 from vtriune_jax.tiny import tiny_config
 from vtriune_jax.types import Batch, TrainState, Vision
 
@@ -47,8 +48,6 @@ def build(config: Any, mesh: Mesh) -> Program:
     """
     model = model_config(config)
     stage = plan(config, model.banned_ids)[-1]
-    rows = stage.prompts * max(1, stage.samples) // stage.minibatches
-    sharding.check_rows(rows, mesh, config.batch.micro_batches)
     graphdef, params = models.abstract(model)
     if model.lora and config.model.lora.base_dtype != "float32":
         params = _with_base_dtype(params, config.model.lora.base_dtype)
@@ -65,7 +64,12 @@ def build(config: Any, mesh: Mesh) -> Program:
         freeze=stage.freeze,
         micro_batches=config.batch.micro_batches,
     )
-    batch = abstract_batch(config.batch, model, rows, vision_frozen="visual" not in trained)
+    vision_frozen = "visual" not in trained
+    completions = stage.prompts * max(1, stage.samples) // stage.minibatches
+    sharding.check_rows(completions, mesh, config.batch.micro_batches)
+    shape = rows_of(config.batch, stage, model, vision_frozen, sharding.row_shards(mesh))
+    count = completions // shape.n
+    batch = abstract_batch(config.batch, model, count, shape, vision_frozen=vision_frozen)
     logps = {"old_logps": stage.loss.old == "recomputed", "reference_logps": stage.loss.kl_weight}
     batch = replace(batch, **{name: batch.mask for name, needed in logps.items() if needed})
     return Program(update, state, batch, model, frozenset(weights.flatten(trained)))
@@ -77,11 +81,32 @@ def model_config(config: Any) -> ModelConfig:
     return replace(found, lora=lora.from_keys(config.model.lora))
 
 
-def abstract_batch(keys: Any, model: ModelConfig, rows: int, *, vision_frozen: bool) -> Batch:
-    """The shapes of what `data.packing.pack` makes of `rows` completions; `keys`: config.batch."""
+def rows_of(keys: Any, stage: Stage, model: ModelConfig, vision_frozen: bool, shards: int) -> Rows:
+    """The rows that training takes where prompts and completions fill their slots.
+
+    They are the largest: shorter completions go into shorter slots, or are packed.
+    """
+    return choose(
+        keys.layout,
+        Needs(longest=keys.completion_tokens, together=1),
+        Slots(keys.prompt_tokens, keys.completion_tokens, keys.windows, pad_id=0),
+        groups=stage.prompts // stage.minibatches,
+        samples=max(1, stage.samples),
+        unit=keys.micro_batches * shards,
+        model=model,
+        vision_trained=not vision_frozen,
+    )
+
+
+def abstract_batch(
+    keys: Any, model: ModelConfig, count: int, rows: Rows, *, vision_frozen: bool
+) -> Batch:
+    """The shapes of what `data.packing.pack` makes of `count` rows; `keys`: config.batch."""
     vision = model.vision
-    tokens, completion = keys.prompt_tokens + keys.completion_tokens, keys.completion_tokens
-    patches = (rows, keys.windows, vision.slots)
+    tokens, completions = (count, rows.tokens), (count, rows.n, rows.completion_tokens)
+    packed = rows.kind == "packed"
+    images_shape = (count, rows.n if packed else 1, keys.windows)
+    patches = (*images_shape, vision.slots)
 
     def ints(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -94,16 +119,18 @@ def abstract_batch(keys: Any, model: ModelConfig, rows: int, *, vision_frozen: b
     }
     if vision_frozen:
         units = keys.windows * vision.slots // vision.unit_patches
-        images = {"features": floats(rows, units, vision.out, dtype=model.dtype)}
+        shape = (*images_shape[:2], units, vision.out)
+        images = {"features": floats(*shape, dtype=model.dtype)}
     return Batch(
-        ids=ints(rows, tokens),
-        positions=ints(rows, 3, tokens),
-        segments=ints(rows, tokens),
-        image_index=ints(rows, tokens),
-        mask=floats(rows, completion),
-        advantages=floats(rows, completion),
-        rollout_logps=floats(rows, completion),
-        source=ints(rows),
+        ids=ints(*tokens),
+        positions=ints(count, 3, rows.tokens),
+        segments=ints(*tokens),
+        image_index=ints(*tokens),
+        mask=floats(*completions),
+        advantages=floats(*completions),
+        rollout_logps=floats(*completions),
+        source=ints(*completions[:2]),
+        predictors=ints(*completions) if packed else None,
         **images,
     )
 

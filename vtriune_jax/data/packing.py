@@ -1,33 +1,28 @@
-"""Groups of completions → a `Batch` of static shape.
+"""Groups of completions → a `Batch` of static shape, in one of the ways of `data.rows`.
 
-One completion a row: the prompt left-padded into its slot, the completion right-padded into the
-next, so that every row's completion begins at the same place and the head is applied to the
-completion slot alone.
+Single and group rows: the prompt left-padded into its slot, then completions, each right-padded
+into a slot of its own, so that they begin at the same places in every row. Packed rows: sequences
+one behind the other, told apart by segments. In all of them the head is applied to completion
+slots alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from vtriune_jax.data.rows import Rows, Slots, assign, cut, packed_rows, sequence_lengths
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import layout
 from vtriune_jax.types import Batch, Group, Prompt, Vision
 
-
-@dataclass(frozen=True)
-class Slots:
-    """The static sizes of a row, and what its padding is made of."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    windows: int
-    pad_id: int
+Places = list[list[tuple[int, int]]]
+"""What lies in each row: (group, number of the completion in it)."""
 
 
 def pack(
@@ -37,61 +32,74 @@ def pack(
     sources: Mapping[str, int],
     slots: Slots,
     features: Float[Array, "groups units embed"] | None = None,
+    rows: Rows | None = None,
+    parts: int = 1,
+    unit: int = 1,
 ) -> Batch:
-    """Lays the completions of `groups` out as rows, group by group.
+    """Lays the completions of `groups` out as `rows`: by default single ones, of whole slots.
 
     `weights` is 0 for completions that must not be trained on (a failed verification). The images
-    travel as patches, or as `features` when the vision tower has already encoded them: once per
-    group, repeated here for its completions.
+    travel as patches, or as `features` when the vision tower has already encoded them: once for
+    each prompt of a row.
+
+    Packed rows are a multiple of `unit` for each of `parts` minibatches, and their number follows
+    from `rows.n`; no completion is ever left out.
 
     Raises:
       UserError: a prompt, a completion or the images of a prompt do not fit their slot.
+      ValueError: the sequences do not fit into packed rows of so many; `data.rows.needs` tells.
     """
-    rows = [(group, i) for group in groups for i in range(len(group.completions))]
-    count, prompt_slot, slot = len(rows), slots.prompt_tokens, slots.completion_tokens
-    tokens = prompt_slot + slot
-    ids = np.full((count, tokens), slots.pad_id, np.int32)
-    positions = np.zeros((count, 3, tokens), np.int32)
-    segments = np.zeros((count, tokens), np.int32)
-    image_index = np.full((count, tokens), -1, np.int32)
-    mask = np.zeros((count, slot), np.float32)
-    logps = np.zeros((count, slot), np.float32)
-    for row, (group, i) in enumerate(rows):
-        prompt, completion = group.prompt, group.completions[i]
-        start, length = prompt_slot - len(prompt.ids), len(completion.ids)
-        _check_tokens(prompt, length, slots)
-        end = prompt_slot + length
-        ids[row, start:prompt_slot] = prompt.ids
-        ids[row, prompt_slot:end] = completion.ids
-        positions[row, :, start:prompt_slot] = prompt.positions
-        positions[row, :, prompt_slot:end] = prompt.positions[:, -1:] + 1 + np.arange(length)
-        segments[row, start:end] = 1
-        image_index[row, start:prompt_slot] = prompt.image_index
-        mask[row, :length] = 1.0
-        logps[row, :length] = completion.logps
-    repeats = np.asarray([len(group.completions) for group in groups])
-    flat_weights = np.asarray(weights, np.float32).reshape(count, 1)
-    flat_advantages = np.asarray(advantages, np.float32).reshape(count, 1)
-    prompts = [group.prompt for group in groups]
+    size = slots.completion_tokens
+    rows = rows or Rows("single", 1, size, slots.prompt_tokens + size)
+    places = _places(groups, rows, parts, unit)
+    packed = rows.kind == "packed"
+    shape, per_token = (len(places), rows.tokens), (len(places), rows.n, rows.completion_tokens)
+    ids = np.full(shape, slots.pad_id, np.int32)
+    positions = np.zeros((shape[0], 3, shape[1]), np.int32)
+    segments = np.zeros(shape, np.int32)
+    image_index = np.full(shape, -1, np.int32)
+    predictors = np.zeros(per_token, np.int32)
+    mask, gains, logps = np.zeros((3, *per_token), np.float32)
+    source = np.zeros(per_token[:2], np.int32)
+    prompt_of = np.zeros((len(places), rows.n if packed else 1), np.int32)
+    for row, members in enumerate(places):
+        end = 0
+        for k, (group, i) in enumerate(members):
+            prompt, completion = groups[group].prompt, groups[group].completions[i]
+            length = len(completion.ids)
+            _check_tokens(prompt, length, slots)
+            if packed:
+                first = end + len(prompt.ids)
+            else:
+                first = slots.prompt_tokens + k * rows.completion_tokens
+            if packed or k == 0:
+                here = slice(first - len(prompt.ids), first)
+                ids[row, here] = prompt.ids
+                positions[row, :, here] = prompt.positions
+                segments[row, here] = k + 1
+                image_index[row, here] = prompt.image_index
+                prompt_of[row, k] = group
+            end = first + length
+            ids[row, first:end] = completion.ids
+            positions[row, :, first:end] = prompt.positions[:, -1:] + 1 + np.arange(length)
+            segments[row, first:end] = k + 1 if packed else 1
+            predictors[row, k, :length] = np.arange(first - 1, end - 1)
+            mask[row, k, :length] = weights[group][i]
+            gains[row, k] = advantages[group][i]
+            logps[row, k, :length] = completion.logps
+            source[row, k] = sources[prompt.sample.data_source]
     return Batch(
         ids=ids,
         positions=positions,
         segments=segments,
         image_index=image_index,
-        mask=mask * flat_weights,
-        advantages=np.broadcast_to(flat_advantages, mask.shape),
+        mask=mask,
+        advantages=gains,
         rollout_logps=logps,
-        source=np.array([sources[g.prompt.sample.data_source] for g, _ in rows], np.int32),
-        vision=None if features is not None else stack_vision([g.prompt for g, _ in rows], slots),
-        features=None if features is None else repeat_features(features[: len(prompts)], repeats),
+        source=source,
+        predictors=predictors if packed else None,
+        **_images(groups, prompt_of, slots, features),
     )
-
-
-def repeat_features(
-    features: Float[Array, "groups units embed"], repeats: np.ndarray
-) -> Float[Array, "rows units embed"]:
-    """The features of each group, once for each of its completions."""
-    return jnp.repeat(features, repeats, axis=0, total_repeat_length=int(repeats.sum()))
 
 
 def stack_vision(prompts: Sequence[Prompt], slots: Slots) -> Vision:
@@ -116,6 +124,54 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
     return [
         jax.tree.map(lambda leaf, k=k: leaf[k * size : (k + 1) * size], batch) for k in range(parts)
     ]
+
+
+def padding(
+    batch: Batch, prompts: Sequence[Prompt], slots: Slots
+) -> dict[str, tuple[float, float]]:
+    """(padded, all) of the tokens of a batch, `pad/tokens`, and of patches, `pad/vision`.
+
+    Patches are those that the vision tower sees: of the batch, or, if it is frozen, of `prompts`.
+    """
+    if batch.vision is None:
+        seen = [prompt.vision.segments for prompt in prompts]
+        patches = len(prompts) * slots.windows * prompts[0].vision.segments.shape[-1]
+    else:
+        seen = [batch.vision.segments]
+        patches = batch.vision.segments.size
+    filled = sum(np.count_nonzero(segments) for segments in seen)
+    tokens, used = batch.segments.size, np.count_nonzero(batch.segments)
+    return {
+        "pad/tokens": (float(tokens - used), float(tokens)),
+        "pad/vision": (float(patches - filled), float(patches)),
+    }
+
+
+def _places(groups: Sequence[Group], rows: Rows, parts: int, unit: int) -> Places:
+    each = [[(g, i) for i in range(len(group.completions))] for g, group in enumerate(groups)]
+    if rows.kind != "packed":
+        return [own[k : k + rows.n] for own in each for k in range(0, len(own), rows.n)]
+    every = [place for own in each for place in own]
+    found, done = [], 0
+    for part in cut(groups, parts):
+        lengths = sequence_lengths(part)
+        count = packed_rows(len(lengths), rows.n, unit)
+        members = assign(lengths, count, rows.n, rows.tokens)
+        if members is None:
+            raise ValueError(f"{len(lengths)} sequences do not fit into {count} rows of {rows}")
+        found += [[every[done + i] for i in row] for row in members]
+        done += len(lengths)
+    return found
+
+
+def _images(
+    groups: Sequence[Group], prompt_of: np.ndarray, slots: Slots, features: Array | None
+) -> dict[str, Any]:
+    """The images of each prompt of each row, as patches or as features."""
+    if features is not None:
+        return {"features": jnp.take(features, jnp.asarray(prompt_of), axis=0)}
+    vision = stack_vision([groups[g].prompt for g in prompt_of.reshape(-1)], slots)
+    return {"vision": jax.tree.map(lambda x: x.reshape(*prompt_of.shape, *x.shape[1:]), vision)}
 
 
 def _check_tokens(prompt: Prompt, completion: int, slots: Slots) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from vtriune_jax.data.feed import Skipped
@@ -31,28 +32,50 @@ class Chunk:
     """… and after it."""
 
 
-class PromptStream:
-    """`chunks` of `size` prompts, from the one in which prompt number `taken` lies."""
+Ticket = dict[str, Any]
+"""Of one prompt: its `number` in the stage; `data`, where the mixture stood before its chunk."""
 
-    def __init__(self, chunks: Iterator[Chunk], size: int, taken: int = 0):
+
+class PromptStream:
+    """`chunks` of `size` prompts, from the one in which prompt number `taken` lies.
+
+    `data` is where the mixture stands before them.
+    """
+
+    def __init__(
+        self,
+        chunks: Iterator[Chunk],
+        size: int,
+        taken: int = 0,
+        data: Mapping[str, int] = MappingProxyType({}),
+    ):
         self._chunks = chunks
-        self._size = size
+        self.size = size
         self._taken = self._known = taken
         self._held: deque[Chunk] = deque()
-        self._data: Mapping[str, int] = {}
+        self._data = data
 
-    def take(self) -> tuple[list[Prompt], list[Skipped]]:
-        """The next `size` prompts, and the rows newly passed over."""
-        end, skipped = self._taken + self._size, []
-        while not self._held or (self._held[-1].number + 1) * self._size < end:
+    def take(self, count: int | None = None) -> tuple[list[Prompt], list[Skipped]]:
+        """The next prompts, `size` unless said otherwise, and the rows newly passed over."""
+        count = self.size if count is None else count
+        if not count:
+            return [], []
+        end, skipped = self._taken + count, []
+        while not self._held or (self._held[-1].number + 1) * self.size < end:
             chunk = next(self._chunks)
             self._held.append(chunk)
-            if chunk.number * self._size >= self._known:  # else told before the run was resumed
+            if chunk.number * self.size >= self._known:  # else told before the run was resumed
                 skipped += chunk.skipped
-        start = self._taken - self._held[0].number * self._size
+        start = self._taken - self._held[0].number * self.size
         prompts = [prompt for chunk in self._held for prompt in chunk.prompts]
         self._taken = end
-        return prompts[start : start + self._size], skipped
+        return prompts[start : start + count], skipped
+
+    def tickets(self, count: int) -> list[Ticket]:
+        """By which the last `count` prompts taken can be made again; call it before `position`."""
+        before = {chunk.number: dict(chunk.before) for chunk in self._held}
+        numbers = range(self._taken - count, self._taken)
+        return [{"number": n, "data": before[n // self.size]} for n in numbers]
 
     def give_back(self, count: int) -> None:
         """The last `count` prompts taken will be taken again; not across a call of `position`."""
@@ -60,7 +83,7 @@ class PromptStream:
 
     def position(self) -> dict[str, Any]:
         """What a stream must be given to go on here: `taken`, and `data` for the mixture."""
-        while self._held and (self._held[0].number + 1) * self._size <= self._taken:
+        while self._held and (self._held[0].number + 1) * self.size <= self._taken:
             self._data = self._held.popleft().after
         if self._held:
             self._data = self._held[0].before

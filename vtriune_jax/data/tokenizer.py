@@ -86,7 +86,7 @@ CHAT_TEMPLATE = (
 _IMAGE_PROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
-    "min_pixels": 56 * 56,
+    "min_pixels": 28 * 28,
     "max_pixels": 28 * 28 * 1280,
     "patch_size": 14,
     "temporal_patch_size": 2,

@@ -108,9 +108,10 @@ class LanguageModel(nnx.Module):
         x: Float[Array, "rows tokens embed"],
         positions: Int[Array, "rows 3 tokens"],
         segments: Int[Array, "rows tokens"],
+        slots: tuple[int, int] | None = None,
     ) -> Float[Array, "rows tokens embed"]:
-        """Run all layers and the final norm."""
-        return self._run(x, positions, segments, lambda key, value: None)[0]
+        """Run all layers and the final norm; `slots` as in `attention`."""
+        return self._run(x, positions, segments, lambda key, value: None, slots)[0]
 
     def prefill(
         self,
@@ -141,7 +142,12 @@ class LanguageModel(nnx.Module):
         return tuple(map(ready, _each(stacked, self.config.layers)))
 
     def _run(
-        self, x: Array, positions: Array, segments: Array, keep: Callable[[Array, Array], Any]
+        self,
+        x: Array,
+        positions: Array,
+        segments: Array,
+        keep: Callable[[Array, Array], Any],
+        slots: tuple[int, int] | None = None,
     ) -> tuple[Array, Any]:
         angles = mrope_angles(positions, self.config)
         stacked, build = unstack(self.layers)
@@ -149,7 +155,7 @@ class LanguageModel(nnx.Module):
         def layer(x: Array, params: Any) -> tuple[Array, Any]:
             this: Layer = build(params)
             query, key, value = this.attn.qkv(this.attn_norm(x), angles)
-            attended = attention(query, key, value, segments, causal=True)
+            attended = attention(query, key, value, segments, causal=True, slots=slots)
             attended = checkpoint_name(attended, ATTENDED)
             return this.finish(x, attended), keep(key, value)
 

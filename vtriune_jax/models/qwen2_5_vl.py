@@ -37,14 +37,17 @@ class Qwen2_5_VL(nnx.Module):
         segments: Int[Array, "rows tokens"],
         features: Float[Array, "rows units embed"] | None = None,
         image_index: Int[Array, "rows tokens"] | None = None,
+        *,
+        slots: tuple[int, int] | None = None,
     ) -> Float[Array, "rows tokens embed"]:
         """Hidden states after the final norm.
 
         A token sees earlier tokens of its own segment; segment 0 is padding. Where `image_index` is
-        not -1, the token is that unit of `features` in place of its embedding.
+        not -1, the token is that unit of `features` in place of its embedding. With `slots` =
+        (n, size) a row ends in n completions that do not see each other (`attention`).
         """
         x = self._embed(ids, features, image_index)
-        return self.language(x, positions, segments)
+        return self.language(x, positions, segments, slots)
 
     def prefill(
         self,

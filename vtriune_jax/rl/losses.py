@@ -52,6 +52,8 @@ class LossConfig:
     """Never sampled and never trained on; the sampler's set."""
     max_logits: int = 2**27
     """Logits held at once on a device (float32: 512 MiB)."""
+    room: int = 0
+    """Tokens that a completion may have, by which "dr" divides; 0: those of its slot."""
 
     def __post_init__(self):
         if self.temperature <= 0:
@@ -113,7 +115,7 @@ def policy_gradient(
         loss = loss - config.entropy_weight * entropy
     gap = jnp.abs(jnp.where(mask > 0, logps - batch.rollout_logps, 0.0))
     return sums | {
-        "loss": normalised(loss, mask, batch.source, num_sources, config.normalise),
+        "loss": normalised(loss, mask, batch.source, num_sources, config.normalise, config.room),
         "entropy": total(entropy),
         "kl": total(jnp.exp(log_ratio) - 1.0 - log_ratio),
         "rollout_gap": total(gap),

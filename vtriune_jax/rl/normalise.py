@@ -27,6 +27,7 @@ def normalised(
     source: Int[Array, " rows"],
     num_sources: int,
     how: Normalisation,
+    room: int = 0,
 ) -> tuple[Float[Array, " sources"], Float[Array, " sources"]]:
     """The loss of each token → (sum, count) whose quotient is the loss.
 
@@ -34,8 +35,9 @@ def normalised(
         sequence  Σ_i (Σ_t l_it / T_i) / rows     all completions weigh the same (GRPO, GSPO)
         dr        Σ_i Σ_t l_it / (rows · slot)    no length weighs anything (Dr.GRPO)
 
-    T_i are the trained tokens of row i, `rows` those rows that have any, and `slot` is the room for
-    a completion. A mask that is the same fraction throughout a row makes the row weigh so much.
+    T_i are the trained tokens of row i, `rows` those rows that have any, and `slot` is the `room`
+    for a completion, by default the tokens here. A mask that is the same fraction throughout a row
+    makes the row weigh so much.
     """
     if how == "token":
         return per_source(values, mask, source, num_sources)
@@ -44,7 +46,7 @@ def normalised(
         trained = mask.sum(-1)
         total = weight * total / jnp.where(trained > 0, trained, 1.0)
         return _by_source(total, weight, source, num_sources)
-    return _by_source(total, weight * mask.shape[-1], source, num_sources)
+    return _by_source(total, weight * (room or mask.shape[-1]), source, num_sources)
 
 
 def per_source(

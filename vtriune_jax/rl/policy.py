@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vtriune_jax import sharding
 from vtriune_jax.models import lora, merge
@@ -19,7 +20,7 @@ from vtriune_jax.rl.logprobs import token_logps
 from vtriune_jax.rl.losses import LossConfig
 from vtriune_jax.types import Batch
 
-Logps = Callable[[Any, Batch], Float[Array, "rows completion"]]
+Logps = Callable[[Any, Batch], Float[Array, "rows n completion"]]
 
 
 def make_logps(
@@ -37,11 +38,11 @@ def make_logps(
     """
     rows_place = NamedSharding(mesh, sharding.ROWS)
 
-    def one(params: Any, batch: Batch) -> Float[Array, "rows completion"]:
+    def one(params: Any, batch: Batch) -> Float[Array, "rows n completion"]:
         return policy_logps(graphdef, params, batch, loss, mesh)[0]
 
     @jax.jit
-    def whole(params: Any, batch: Batch) -> Float[Array, "rows completion"]:
+    def whole(params: Any, batch: Batch) -> Float[Array, "rows n completion"]:
         params = params if adapters else _without_adapters(params)
         if micro_batches == 1:
             return one(params, batch)
@@ -49,7 +50,7 @@ def make_logps(
         found = jax.lax.map(lambda part: one(params, part), parts)
         return jnp.swapaxes(found, 0, 1).reshape(batch.mask.shape)
 
-    def checked(params: Any, batch: Batch) -> Float[Array, "rows completion"]:
+    def checked(params: Any, batch: Batch) -> Float[Array, "rows n completion"]:
         sharding.check_rows(batch.ids.shape[0], mesh, micro_batches)
         return whole(params, jax.device_put(batch, rows_place))
 
@@ -59,9 +60,9 @@ def make_logps(
 def policy_logps(
     graphdef: nnx.GraphDef, params: Any, batch: Any, loss: LossConfig, mesh: Mesh
 ) -> tuple[
-    Float[Array, "rows completion"],
-    Float[Array, "rows completion"],
-    Float[Array, "rows completion"],
+    Float[Array, "rows n completion"],
+    Float[Array, "rows n completion"],
+    Float[Array, "rows n completion"],
 ]:
     """Of a `Batch` of tracers: log-probs of the completions, entropies, and the mask to use.
 
@@ -70,14 +71,20 @@ def policy_logps(
     """
     model = merge(graphdef, _gather_table(params, mesh))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for the layers' `on_rows`
-        features = batch.features if batch.vision is None else model.encode(batch.vision)
-        hidden = model(batch.ids, batch.positions, batch.segments, features, batch.image_index)
-    completion = batch.mask.shape[1]
-    targets = batch.ids[:, -completion:]
+        features, image_index = _features(model, batch)
+        hidden = model(
+            batch.ids,
+            batch.positions,
+            batch.segments,
+            features,
+            image_index,
+            slots=_slots(batch),
+        )
+    states, targets = _completions(hidden, batch)
     # Whole over fsdp before the chunks, not in each of them.
     head = jax.lax.with_sharding_constraint(model.head(), NamedSharding(mesh, P(None, "tensor")))
     logps, entropy = token_logps(
-        hidden[:, -completion - 1 : -1],  # the state before a token is what predicts it
+        states,
         head,
         targets,
         temperature=loss.temperature,
@@ -87,8 +94,63 @@ def policy_logps(
     )
     mask = batch.mask
     if loss.banned_ids:
-        mask = jnp.where(jnp.isin(targets, jnp.array(loss.banned_ids)), 0.0, mask)
-    return logps, entropy, mask
+        banned = jnp.isin(targets, jnp.array(loss.banned_ids)).reshape(mask.shape)
+        mask = jnp.where(banned, 0.0, mask)
+    return logps.reshape(mask.shape), entropy.reshape(mask.shape), mask
+
+
+def as_rows(batch: Batch) -> Batch:
+    """What belongs to completions as the losses want it: a row for each, [rows · n, completion]."""
+    names = ("mask", "advantages", "rollout_logps", "source", "old_logps", "reference_logps")
+    arrays = {name: getattr(batch, name) for name in names}
+    return replace(
+        batch,
+        **{
+            name: array.reshape(-1, *array.shape[2:])
+            for name, array in arrays.items()
+            if array is not None
+        },
+    )
+
+
+def _slots(batch: Any) -> tuple[int, int] | None:
+    """The completion slots at the end of each row, if there are several."""
+    _, n, completion = batch.mask.shape
+    return (n, completion) if batch.predictors is None and n > 1 else None
+
+
+def _features(model: Any, batch: Any) -> tuple[Array | None, Array]:
+    """The features of a row's prompts one behind the other, and the index of tokens into them."""
+    features = batch.features
+    if batch.vision is not None:
+        each = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.vision)
+        features = model.encode(each)
+        features = features.reshape(*batch.vision.segments.shape[:2], *features.shape[1:])
+    if features is None:
+        return None, batch.image_index
+    rows, _, units, width = features.shape
+    index = batch.image_index + jnp.where(batch.image_index >= 0, batch.segments - 1, 0) * units
+    return features.reshape(rows, -1, width), index
+
+
+def _completions(
+    hidden: Float[Array, "rows tokens embed"], batch: Any
+) -> tuple[Float[Array, "completions completion embed"], Int[Array, "completions completion"]]:
+    """The states that predict the tokens of every completion, and these tokens.
+
+    The state before a token is what predicts it: for the first one, the last of the prompt.
+    """
+    rows, n, size = batch.mask.shape
+    if batch.predictors is not None:
+        places = batch.predictors.reshape(rows, -1)
+        states = jnp.take_along_axis(hidden, places[..., None], axis=1)
+        targets = jnp.take_along_axis(batch.ids, places + 1, axis=1)
+    else:
+        own = hidden[:, -n * size :].reshape(rows, n, size, -1)
+        last = jnp.broadcast_to(hidden[:, -n * size - 1, None, None], (rows, n, 1, own.shape[-1]))
+        states = jnp.concatenate([last, own[:, :, :-1]], axis=2)
+        targets = batch.ids[:, -n * size :]
+    return states.reshape(rows * n, size, -1), targets.reshape(rows * n, size)
 
 
 def split_rows(batch: Batch, parts: int) -> Batch:

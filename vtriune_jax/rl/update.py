@@ -17,7 +17,7 @@ from vtriune_jax import sharding
 from vtriune_jax.optim import combine, partition
 from vtriune_jax.rl.losses import LossConfig, policy_gradient, sft
 from vtriune_jax.rl.normalise import Sums, add_sums
-from vtriune_jax.rl.policy import policy_logps, split_rows
+from vtriune_jax.rl.policy import as_rows, policy_logps, split_rows
 from vtriune_jax.types import Batch, TrainState
 
 
@@ -155,7 +155,9 @@ def _loss_sums(
     num_sources: int,
 ) -> Sums:
     """The loss of a `Batch` of tracers, as sums."""
-    logps, entropy, mask = policy_logps(graphdef, params, batch, loss, mesh)
+    found = policy_logps(graphdef, params, batch, loss, mesh)
+    logps, entropy, mask = (x.reshape(-1, x.shape[-1]) for x in found)
+    batch = as_rows(batch)
     if loss.kind == "sft":
         return sft(logps, entropy, mask, batch.source, num_sources)
     return policy_gradient(logps, entropy, mask, batch, num_sources, loss)

@@ -1,0 +1,139 @@
+"""Group rows = packed rows = single rows: loss, metrics and gradient of one update."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.rl import tiny_update
+from tests.rl.tiny_groups import GRIDS, SLOTS, SOURCES, make_group
+from tests.rl.tiny_update import COMPLETION, CONFIG, FREEZE, SFT
+from vtriune_jax import models, sharding
+from vtriune_jax.data.packing import pack, stack_vision
+from vtriune_jax.data.rows import KINDS, choose, needs
+from vtriune_jax.rl.losses import LossConfig
+from vtriune_jax.rl.policy import make_logps
+from vtriune_jax.rl.update import init_state, make_update
+
+GROUPS = 4
+GSPO = LossConfig(
+    "gspo", 0.05, 0.05, 0.0, "sequence", "rollout", banned_ids=CONFIG.banned_ids, entropy_weight=0.1
+)
+DR = LossConfig(normalise="dr", old="rollout", room=COMPLETION, banned_ids=CONFIG.banned_ids)
+REMEMBER = optax.chain(optax.trace(decay=0.0), optax.scale(0.0))
+"""An optimizer that only keeps the gradient."""
+
+
+@functools.cache
+def updating(loss, freeze, micro_batches):
+    graphdef, params = tiny_update.model()
+    mesh = sharding.make_mesh()
+    fresh = functools.partial(init_state, params, REMEMBER, mesh, freeze)
+    keys = {"num_sources": len(SOURCES), "freeze": freeze, "micro_batches": micro_batches}
+    return make_update(graphdef, REMEMBER, loss, mesh, fresh(), **keys), fresh
+
+
+def gradient(batch, loss, freeze, micro_batches):
+    """→ (gradient, sums)"""
+    update, fresh = updating(loss, freeze, micro_batches)
+    state, sums = update(fresh(), batch)
+    return jax.device_get((state.opt_state[0].trace, sums))
+
+
+def batches(groups, advantages, weights, vision_trained=False, unit=1):
+    """The same completions in every kind of rows."""
+    graphdef, params = tiny_update.model()
+    features = None
+    if not vision_trained:
+        vision = stack_vision([group.prompt for group in groups], SLOTS)
+        features = models.encode(graphdef, params, vision)
+    asked = needs(groups, SLOTS, 1, unit)
+    n = len(groups[0].completions)
+    for kind in KINDS:
+        rows = choose(kind, asked, SLOTS, len(groups), n, unit, CONFIG, vision_trained)
+        yield (
+            rows,
+            pack(groups, advantages, weights, SOURCES, SLOTS, features, rows, 1, unit),
+        )
+
+
+def assert_equal(got, want):
+    """By the norm of each array, as close as float32 sums in another order come."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.linalg.norm(np.subtract(a, b)) <= 1e-6 * max(np.linalg.norm(b), 1e-3)
+
+
+@st.composite
+def drawn(draw, n):
+    """Groups of any lengths and images, some completions of no weight."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    lengths = st.lists(st.integers(1, COMPLETION), min_size=n, max_size=n)
+    groups = [
+        make_group(
+            rng,
+            draw(st.integers(1, 4)),
+            draw(st.sampled_from(GRIDS)),
+            draw(lengths),
+            draw(st.sampled_from(sorted(SOURCES))),
+        )
+        for _ in range(GROUPS)
+    ]
+    weights = (rng.random((GROUPS, n)) < 0.8).astype(np.float32)
+    weights[0, 0] = 1.0
+    return groups, rng.normal(size=(GROUPS, n)).astype(np.float32), weights
+
+
+@pytest.mark.parametrize(
+    ("loss", "n", "micro_batches"), [(GSPO, 3, 1), (DR, 2, 2)], ids=["gspo", "dr, two pieces"]
+)
+def test_gradients_do_not_depend_on_the_rows(loss, n, micro_batches):
+    kinds = set()
+
+    @settings(max_examples=12, deadline=None, database=None, derandomize=True)
+    @given(drawn(n))
+    def check(case):
+        (_, single), *others = batches(*case, unit=micro_batches)
+        want = gradient(single, loss, FREEZE, micro_batches)
+        for rows, batch in others:
+            kinds.add((rows.kind, rows.n))
+            assert_equal(gradient(batch, loss, FREEZE, micro_batches), want)
+
+    check()
+    assert ("group", n) in kinds
+    assert {rows for kind, rows in kinds if kind == "packed"} & {2, 4}
+
+
+def test_the_tower_is_trained_the_same_in_all_rows():
+    rng = np.random.default_rng(0)
+    groups = [make_group(rng, 2, grids, (2, 3, 1)) for grids in GRIDS]
+    ones = np.ones((4, 3), np.float32)
+    (_, single), (_, grouped), (rows, packed) = batches(groups, ones, ones, vision_trained=True)
+    assert rows.n >= 2
+    assert grouped.vision.patches.size == single.vision.patches.size / 3
+    want = gradient(single, SFT, (), 1)
+    assert np.abs(want[0]["visual"]["patch_embed"]["kernel"]).max() > 0
+    for batch in (grouped, packed):
+        assert_equal(gradient(batch, SFT, (), 1), want)
+
+
+def test_log_probs_are_found_at_the_same_completions():
+    """So that old and reference log-probs may be added to a batch of any rows."""
+    rng = np.random.default_rng(0)
+    groups = [make_group(rng, 2, grids, (6, 3, 1)) for grids in GRIDS]
+    ones = np.ones((4, 3), np.float32)
+    graphdef, params = tiny_update.model()
+    logps = make_logps(graphdef, SFT, sharding.make_mesh())
+    found = []
+    for rows, batch in batches(groups, ones, ones):
+        values = np.asarray(logps(params, batch))
+        assert values.shape == batch.mask.shape == (len(batch.ids), rows.n, 6)
+        masked = replace(batch, rollout_logps=values * batch.mask)
+        by_sum = sorted(masked.rollout_logps.sum(-1)[batch.mask.any(-1)].tolist())
+        found.append(by_sum)
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-5)
+    assert len(found[0]) == 12

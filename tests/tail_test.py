@@ -1,0 +1,96 @@
+"""Over-sampling: which prompts come again, with what, and that each is trained on once."""
+
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vtriune_jax.data.stream import Chunk, PromptStream
+from vtriune_jax.tail import TailStream
+from vtriune_jax.types import Completion, Group
+
+SIZE = 4
+
+
+def chunks():
+    for k in range(99):
+        prompts = [SimpleNamespace(number=SIZE * k + i) for i in range(SIZE)]
+        yield Chunk(k, prompts, [], {"k": k}, {"k": k + 1})
+
+
+def partial(tokens):
+    return Completion(np.zeros(tokens, np.int32), np.zeros(tokens), "", "abort")
+
+
+class Servers:
+    """Complete the prompts of the given numbers last, and remember what they were asked."""
+
+    def __init__(self, slow=lambda numbers: set()):
+        self.slow, self.asked = slow, []
+
+    def submit(self, new, needed, begun):
+        self.asked.append(([p.number for p in new], [g.prompt.number for g in begun]))
+        prompts = [group.prompt for group in begun] + list(new)
+        slow = self.slow([prompt.number for prompt in prompts])
+        order = sorted(prompts, key=lambda prompt: prompt.number in slow)
+        done = {prompt.number for prompt in order[:needed]}
+        future = Future()
+        future.set_result(
+            SimpleNamespace(
+                groups=[Group(p, ()) for p in prompts if p.number in done],
+                begun=[Group(p, (partial(3),)) for p in prompts if p.number not in done],
+            )
+        )
+        return future
+
+
+def step(stream, servers):
+    prompts, _ = stream.take()
+    return [group.prompt.number for group in stream.answer(servers.submit, prompts)]
+
+
+def test_stragglers_come_first_in_the_next_step_with_the_tokens_they_have():
+    stream = TailStream(PromptStream(chunks(), SIZE), 2, carry=lambda group: True)
+    servers = Servers(slow=lambda numbers: {1, 3} if 0 in numbers else set())
+    assert step(stream, servers) == [0, 2, 4, 5]
+    assert [ticket["number"] for ticket in stream.position()["left"]] == [1, 3]
+    assert step(stream, servers) == [1, 3, 6, 7]
+    assert servers.asked == [([0, 1, 2, 3, 4, 5], []), ([6, 7, 8, 9], [1, 3])]
+
+
+def test_tokens_that_are_too_old_are_drawn_anew():
+    stream = TailStream(PromptStream(chunks(), SIZE), 2, carry=lambda g: g.prompt.number == 3)
+    servers = Servers(slow=lambda numbers: {1, 3} if 0 in numbers else set())
+    step(stream, servers)
+    step(stream, servers)
+    assert servers.asked[1] == ([1, 6, 7, 8, 9], [3])
+
+
+def test_a_run_that_goes_on_has_the_same_prompts():
+    stream = TailStream(PromptStream(chunks(), SIZE), 2, carry=lambda group: True)
+    servers = Servers(slow=lambda numbers: {1, 3} if 0 in numbers else set())
+    step(stream, servers)
+    position = stream.position()
+    assert position["taken"] == 6
+    left = [(SimpleNamespace(number=ticket["number"]), ticket) for ticket in position["left"]]
+    more = (chunk for chunk in chunks() if chunk.number >= position["data"]["k"])
+    rest = PromptStream(more, SIZE, position["taken"], position["data"])
+    resumed = TailStream(rest, 2, lambda group: True, left)
+    assert resumed.position() == position
+    assert step(resumed, servers) == [1, 3, 6, 7]
+    assert servers.asked[-1] == ([1, 3, 6, 7, 8, 9], [])  # anew: tokens are not saved
+
+
+@given(st.data(), st.integers(0, 5), st.booleans())
+def test_every_prompt_is_trained_on_once_or_left(data, extra, carry):
+    def slow(numbers):
+        return set(data.draw(st.lists(st.sampled_from(numbers))))
+
+    stream = TailStream(PromptStream(chunks(), SIZE), extra, carry=lambda group: carry)
+    trained = [number for _ in range(5) for number in step(stream, Servers(slow))]
+    position = stream.position()
+    left = [ticket["number"] for ticket in position["left"]]
+    assert len(trained) == 5 * SIZE
+    assert sorted(trained + left) == list(range(position["taken"]))

@@ -1,0 +1,151 @@
+"""A fleet of SGLang servers as a run's engine: it samples, and follows the trainer's weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from vtriune_jax.data.packing import pack
+from vtriune_jax.data.prompts import Prompter
+from vtriune_jax.data.rows import Slots
+from vtriune_jax.export import PROCESSOR_FILES
+from vtriune_jax.models.config import ModelConfig
+from vtriune_jax.rl.losses import LossConfig
+from vtriune_jax.rl.policy import make_logps
+from vtriune_jax.rollout.addresses import Addresses
+from vtriune_jax.rollout.choice import Sampling
+from vtriune_jax.rollout.fleet import Fleet
+from vtriune_jax.rollout.probe import Probe
+from vtriune_jax.rollout.publish import Publisher
+from vtriune_jax.rollout.sglang import Rollout, SGLangEngine
+from vtriune_jax.rollout.sync import WeightSync
+from vtriune_jax.sharding import row_shards
+from vtriune_jax.types import Completion, Group, Prompt, Sample
+
+START_SECONDS = 600.0
+"""For the first server to be ready: large models take minutes to load."""
+
+
+class ServedEngine:
+    """Samples like `LocalEngine`, but from the weights that were pushed last."""
+
+    def __init__(self, fleet: Fleet, engine: SGLangEngine, sync: WeightSync, carry: int):
+        """`carry`: how many versions behind the tokens of a completion may be to be continued."""
+        self._fleet, self._engine, self._sync, self._carry = fleet, engine, sync, carry
+        self.generate = engine.generate
+        self._version: int | None = None
+
+    def push(self, params: Any, version: int) -> dict[str, float]:
+        """Gives the servers these parameters, unless they have this version; metrics of that, and
+        of the fleet since the last push."""
+        if version == self._version:
+            return {}
+        record = self._sync.push(params, version)
+        self._version = version
+        return record | {f"rollout/{name}": x for name, x in self._engine.stats().items()}
+
+    def submit(
+        self, sampling: Sampling, prompts: Sequence[Prompt], needed: int, begun: Sequence[Group]
+    ) -> Future[Rollout]:
+        """See `SGLangEngine.submit`."""
+        return self._engine.submit(prompts, sampling, needed, begun)
+
+    def may_continue(self, group: Group) -> bool:
+        """Whether no token of an interrupted group is too old."""
+        versions = {str(v) for each in group.completions for v, _, _ in each.versions}
+        return all(self._fleet.lag(version) <= self._carry for version in versions)
+
+
+@contextlib.contextmanager
+def serve(
+    config: Any,
+    workdir: Path,
+    *,
+    checkpoint: Path,
+    model_config: ModelConfig,
+    graphdef: nnx.GraphDef,
+    mesh: Mesh,
+    prompter: Prompter,
+    slots: Slots,
+    examples: Sequence[Sample],
+) -> Iterator[ServedEngine]:
+    """Finds the servers of `config.rollout` and prepares the way of the weights to them.
+
+    `checkpoint` is what the servers have started with; the probe looks at `examples`. Raises
+    UserError when no server is there in time, or when they cannot be given such weights.
+    """
+    keys = config.rollout
+    folder = Path(keys.weights_folder or workdir / "weights").expanduser()
+    publisher = Publisher(
+        folder,
+        model_config,
+        reference=checkpoint,
+        frozen=config.grpo.freeze,
+        dtype=keys.weights_dtype,
+        extras=[path for name in PROCESSOR_FILES if (path := checkpoint / name).exists()],
+    )
+    probe = None
+    if keys.probe_prompts:
+        groups = probed(examples[: keys.probe_prompts], prompter)
+        probe = Probe(
+            groups,
+            scorer(groups, graphdef, mesh, slots),
+            image_id=model_config.image_token_id,
+            pictures=prompter.pictures,
+            limit=keys.probe_gap,
+        )
+    longest = slots.prompt_tokens + slots.completion_tokens
+    with Fleet(addresses(keys.addresses), tokens_per_completion=longest) as fleet:
+        engine = SGLangEngine(
+            fleet,
+            stop_ids=prompter.stop_ids,
+            banned_ids=prompter.banned_ids,
+            image_id=model_config.image_token_id,
+            decode_text=prompter.decode,
+            pictures=prompter.pictures,
+            deadline=keys.deadline_seconds,
+        )
+        sync = WeightSync(fleet, publisher, server_dir=keys.weights_folder_there, probe=probe)
+        fleet.wait_ready(START_SECONDS)
+        yield ServedEngine(fleet, engine, sync, keys.carry)
+
+
+def addresses(given: Sequence[str]) -> Addresses:
+    """URLs as they are; a single path is the file that lists them."""
+    [first, *others] = given
+    return list(given) if others or "://" in first else Path(first).expanduser()
+
+
+def probed(samples: Sequence[Sample], prompter: Prompter) -> list[Group]:
+    """Prompts with their demonstrations as completions: some text, whose log-probs are compared."""
+    groups = []
+    for sample in samples:
+        ids = prompter.encode_completion(sample.demonstration or sample.reward.ground_truth)
+        text = Completion(ids, np.zeros(len(ids), np.float32), sample.demonstration, "stop")
+        groups.append(Group(prompter(sample), (text,)))
+    return groups
+
+
+def scorer(groups: Sequence[Group], graphdef: nnx.GraphDef, mesh: Mesh, slots: Slots) -> Any:
+    """A function from parameters to the trainer's log-probs of the groups' completions."""
+    missing = -len(groups) % row_shards(mesh)  # rows for every device
+    rows = [*groups, *(list(groups[:1]) * missing)]
+    ones = np.ones((len(rows), 1), np.float32)
+    sources = {group.prompt.sample.data_source: 0 for group in rows}
+    batch = pack(rows, ones, ones, sources, slots)
+    logps = make_logps(graphdef, LossConfig(), mesh)
+
+    def score(params: Any) -> list[np.ndarray]:
+        found = np.asarray(jax.device_get(logps(params, batch))).reshape(len(rows), -1)
+        lengths = [len(group.completions[0].ids) for group in groups]
+        return [row[:length] for row, length in zip(found, lengths, strict=False)]
+
+    return score
