@@ -25,7 +25,10 @@ class Served(NamedTuple):
 
 
 def exported(folder: Path, source: Path, model: models.Qwen2_5_VL, scale: float) -> Served:
-    """Exports the model with larger matrices, so that greedy text does not fall into a rut."""
+    """Exports the model with larger matrices, so that greedy text does not fall into a rut.
+
+    The scales in use are ones at which rounding of the weights moves log-probs least.
+    """
     graphdef, params = models.split(model)
     params = jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 1 else leaf, params)
     flat = weights.flatten(params)
