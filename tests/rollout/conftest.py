@@ -48,7 +48,7 @@ def served_versions(tmp_path_factory) -> tuple[Served, Served]:
     source = tiny.ensure_tiny(home / "tiny", sizes, digits.texts(), seed=0)
     model = models.load_pretrained(source)
     return exported(home / "first", source, model, 6.0), exported(
-        home / "second", source, model, 5.0
+        home / "second", source, model, 8.0
     )
 
 

@@ -28,16 +28,16 @@ def read(text: str, most: int) -> Lengths:
     one length a line, or the metrics.jsonl of a run (see `of_run`). Raises UserError.
     """
     kind, _, rest = text.partition(":")
-    try:
-        if kind == "constant":
-            return constant(int(rest))
-        if kind == "lognormal":
-            mean, spread = map(float, rest.split(","))
-            return log_normal(mean, spread, most)
-    except ValueError:
-        raise UserError(
-            f"--lengths={text} is not in the form constant:N or lognormal:MEAN,SPREAD"
-        ) from None
+    if kind in ("constant", "lognormal"):
+        try:
+            numbers = [float(word) for word in rest.split(",")]
+        except ValueError:
+            numbers = []
+        if kind == "constant" and len(numbers) == 1:
+            return constant(int(numbers[0]))
+        if kind == "lognormal" and len(numbers) == 2:
+            return log_normal(*numbers, most)
+        raise UserError(f"--lengths={text} is not in the form constant:N or lognormal:MEAN,SPREAD")
     path = Path(text)
     try:
         lines = path.read_text().split("\n")

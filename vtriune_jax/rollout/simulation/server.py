@@ -35,7 +35,8 @@ class Sequence:
     """Version of the weights → tokens of it."""
     finished: float = math.nan
     """When it was complete, and its prompt in a step that is under way."""
-    running: bool = False
+    end: float = math.nan
+    """The progress of its server at which it is complete; NaN where no server works on it."""
 
 
 class Server:
@@ -54,6 +55,7 @@ class Server:
         self._paused_until = 0.0
         self._prompts: deque[list] = deque()  # [seconds left to read, what then begins]
         self._running: list[tuple[float, int, Sequence]] = []
+        """(end, number, completion); void where the completion has another end by now."""
         self._decoding = 0
         self._order = itertools.count()
 
@@ -79,7 +81,7 @@ class Server:
         start = max(self._now, self._paused_until)
         if self._prompts:
             return start + max(self._prompts[0][0], 0.0)
-        while self._running and not self._running[0][2].running:  # aborted
+        while self._running and self._running[0][0] != self._running[0][2].end:
             heapq.heappop(self._running)
         if not self._running:
             return math.inf
@@ -92,14 +94,14 @@ class Server:
             return []
         while self._prompts and self._prompts[0][0] <= 1e-9:
             for sequence in self._prompts.popleft()[1]:
-                sequence.mark, sequence.running = self._progress, True
-                end = self._progress + sequence.length - sequence.done
-                heapq.heappush(self._running, (end, next(self._order), sequence))
+                sequence.mark = self._progress
+                sequence.end = self._progress + sequence.length - sequence.done
+                heapq.heappush(self._running, (sequence.end, next(self._order), sequence))
                 self._decoding += 1
         complete = []
         while self._running and self._running[0][0] <= self._progress + ROUNDING:
-            sequence = heapq.heappop(self._running)[2]
-            if sequence.running:
+            end, _, sequence = heapq.heappop(self._running)
+            if sequence.end == end:
                 self._count(sequence)
                 self._leave(sequence)
                 complete.append(sequence)
@@ -107,7 +109,7 @@ class Server:
 
     def abort(self, sequence: Sequence) -> None:
         """Takes back a completion that it was given."""
-        if sequence.running:
+        if not math.isnan(sequence.end):
             self._count(sequence)
             self._leave(sequence)
             return
@@ -121,7 +123,7 @@ class Server:
 
         What is in flight goes on with them, after its tokens so far were read again.
         """
-        live = [entry[2] for entry in self._running if entry[2].running]
+        live = [sequence for end, _, sequence in self._running if sequence.end == end]
         for sequence in live:
             self._count(sequence)
         again = len({sequence.prompt for sequence in live}) * prompt_tokens
@@ -138,6 +140,6 @@ class Server:
         sequence.mark = self._progress
 
     def _leave(self, sequence: Sequence) -> None:
-        sequence.running = False
+        sequence.end = math.nan
         self._decoding -= 1
         self.in_flight -= 1
