@@ -36,7 +36,8 @@ def read(text: str, most: int) -> Lengths:
         if kind == "constant" and len(numbers) == 1:
             return constant(int(numbers[0]))
         if kind == "lognormal" and len(numbers) == 2:
-            return log_normal(*numbers, most)
+            mean, spread = numbers
+            return log_normal(mean, spread, most)
         raise UserError(f"--lengths={text} is not in the form constant:N or lognormal:MEAN,SPREAD")
     path = Path(text)
     try:
