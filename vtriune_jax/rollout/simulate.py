@@ -4,7 +4,8 @@ The training loop as discrete events, for hardware that is not here: how long a 
 waits for whom, how old the completions are that it trains on. Prints the best split of each budget
 of chips between trainer and fleet, or one split. Seeded; needs no accelerator.
 
---config=FILE, --config.KEY=VALUE   as for vtriune_jax.main: prompts, samples, slots, verifiers
+--config=FILE, --config.KEY=VALUE   as for vtriune_jax.main. What counts: prompts, samples, slots,
+                       verifiers.workers, rollout.over_sampling and rollout.carry
 --budget=8,64,256,1024  chips for trainer and fleet together
 --trainer_chips=N      with --servers=N, in place of --budget: this split
 --gpus_per_server=N    (1)
@@ -18,8 +19,6 @@ What completions are like:
 --lengths=WHAT         the metrics.jsonl of a run, a file with one length a line, constant:N, or
                        lognormal:MEAN,SPREAD
 --prompt_tokens=N      mean prompt (the slot, batch.prompt_tokens)
---over_sample=X        X times the prompts are begun, and the last ones aborted (1.0)
---carry                an aborted prompt keeps its tokens for the next step
 
 How fast things are. What is not given is assumed, from data sheets, and the output says so:
 
@@ -31,7 +30,6 @@ How fast things are. What is not given is assumed, from data sheets, and the out
 --publish=S            seconds of the trainer to write the weights
 --load=S               seconds in which all servers stand still to read them
 --verify=S             seconds of a verifier's worker per completion (0)
---verify_on_arrival    as each completion is complete, not all behind the last one
 
 Exit status: 0 done, 2 a mistake in the input (one line says which).
 """
@@ -138,11 +136,8 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[tuple[str, str]]]
     for name in ("prefill", "publish", "load"):
         flags.DEFINE_float(name, None, "", lower_bound=0.0, flag_values=options)
     flags.DEFINE_float("verify", 0.0, "", lower_bound=0.0, flag_values=options)
-    flags.DEFINE_float("over_sample", 1.0, "", lower_bound=1.0, flag_values=options)
     flags.DEFINE_list("budget", ["8", "64", "256", "1024"], "", flag_values=options)
     flags.DEFINE_list("ahead", ["0", "1"], "", flag_values=options)
-    for name in ("carry", "verify_on_arrival"):
-        flags.DEFINE_bool(name, False, "", flag_values=options)
     flags.DEFINE_bool("help", False, "", flag_values=options, short_name="h")
     overrides, others = split_overrides(argv)
     fill(options, others, ("--config=configs/orsta_7b.py",))
@@ -185,7 +180,6 @@ def read(options: flags.FlagValues, config: Any) -> Setting:
         capacity=options.capacity,
         verify=options.verify,
         verify_workers=config.verifiers.workers,
-        verify_on_arrival=options.verify_on_arrival,
         publish=guess("publish", options.publish, assumed.transfer, "{:.1f}"),
         load=guess("load", options.load, assumed.transfer, "{:.1f}"),
     )
@@ -198,8 +192,8 @@ def read(options: flags.FlagValues, config: Any) -> Setting:
         samples=grpo.samples,
         prompt_tokens=prompt_tokens,
         steps=options.steps,
-        over_sample=options.over_sample,
-        carry=options.carry,
+        over_sampling=config.rollout.over_sampling,
+        carry=config.rollout.carry,
         seed=config.seed,
     )
     return Setting(scenario, gpus, update, tuple(guesses))
@@ -219,10 +213,10 @@ def splits(options: flags.FlagValues, setting: Setting) -> list[tuple[int, int, 
 
 def heading(name: str, scenario: Scenario) -> str:
     """What is simulated, in a line."""
-    more = f", {scenario.over_sample:g} times as many begun" if scenario.over_sample > 1 else ""
+    more = f", {scenario.over_sampling:.0%} more begun" if scenario.over_sampling else ""
     return (
         f"{name}: {scenario.steps} steps of {scenario.prompts:,} prompts × {scenario.samples} "
-        f"completions{more}, {scenario.prompt_tokens:g} tokens a prompt"
+        f"completions, {scenario.prompt_tokens:g} tokens a prompt{more}"
     )
 
 

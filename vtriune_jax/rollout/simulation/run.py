@@ -41,11 +41,11 @@ class Scenario:
     prompt_tokens: float
     steps: int = 20
     ahead: int = 0
-    over_sample: float = 1.0
-    """So many times the prompts are begun; when enough are complete, the others are aborted, and
-    come first in the next step that is begun."""
-    carry: bool = False
-    """An aborted prompt keeps the tokens that it has; else it begins anew."""
+    over_sampling: float = 0.0
+    """Prompts that are begun beyond those of a step, as a part of them; when enough are complete,
+    the others are interrupted, and come first in the next step that begins."""
+    carry: int = 0
+    """Versions that the tokens of an interrupted prompt may be behind to be kept; 0: never."""
     seed: int = 0
 
 
@@ -66,12 +66,11 @@ class Batch:
     begun: float
     chosen: list[Prompt] = field(default_factory=list)
     """Complete, in this order; these are trained on."""
-    aborted: int = 0
+    interrupted: int = 0
     rollout: float = math.nan
     """When enough of them were complete."""
-    verdict: float = 0.0
-    """When the last of its completions that the verifiers have been given is judged."""
     judged: float = math.inf
+    """When the last one was judged."""
 
 
 class Run:
@@ -182,7 +181,7 @@ class Run:
             "staleness/mean": sum(age * n for age, n in ages) / max(sum(n for _, n in ages), 1e-9),
             "staleness/max": float(max((age for age, _ in ages), default=0)),
             "tokens": float(tokens),
-            "aborted_prompts": float(batch.aborted),
+            "interrupted_prompts": float(batch.interrupted),
         }
 
     # --------------------------------------------------------------------------------- fleet
@@ -190,7 +189,8 @@ class Run:
     def _begin(self) -> None:
         """Sends the prompts of the next step to the fleet."""
         batch = self._batches[self._next] = Batch(self._now)
-        for _ in range(math.ceil(self._s.prompts * self._s.over_sample)):
+        extra = math.ceil(self._s.over_sampling * self._s.prompts)
+        for _ in range(self._s.prompts + extra):
             prompt = self._returned.popleft() if self._returned else self._draw()
             prompt.batch = batch
             self._open[prompt.number] = prompt
@@ -242,8 +242,6 @@ class Run:
         if prompt is None or prompt.batch is None:
             return
         sequence.finished = self._now
-        if self._s.speeds.verify_on_arrival:
-            self._judge(prompt.batch, 1)
         if any(math.isnan(each.finished) for each in prompt.sequences):
             return
         del self._open[prompt.number]
@@ -256,10 +254,11 @@ class Run:
         batch.rollout = self._now
         for prompt in [each for each in self._open.values() if each.batch is batch]:
             self._take_back(prompt)
-            batch.aborted += 1
-        if not self._s.speeds.verify_on_arrival:
-            self._judge(batch, self._s.prompts * self._s.samples)
-        batch.judged = max(batch.verdict, self._now)
+            batch.interrupted += 1
+        for _ in range(self._s.prompts * self._s.samples if self._s.speeds.verify else 0):
+            verdict = max(self._workers[0], self._now) + self._s.speeds.verify
+            heapq.heapreplace(self._workers, verdict)
+        batch.judged = max(max(self._workers), self._now)
         self._at(batch.judged, self._ready)
 
     def _take_back(self, prompt: Prompt) -> None:
@@ -274,17 +273,12 @@ class Run:
                     prompt.server.abort(sequence)
             self._foresee(prompt.server)
             prompt.server = None
-        if not self._s.carry:
+        oldest = min((v for each in prompt.sequences for v in each.spans), default=0)
+        if not self._s.carry or self._servers[0].version - oldest > self._s.carry:
             for sequence in prompt.sequences:
                 sequence.done, sequence.finished = 0.0, math.nan
                 sequence.spans.clear()
         self._returned.append(prompt)
-
-    def _judge(self, batch: Batch, completions: int) -> None:
-        """Gives the verifiers so many completions now."""
-        for _ in range(completions if self._s.speeds.verify else 0):
-            batch.verdict = max(self._workers[0], self._now) + self._s.speeds.verify
-            heapq.heapreplace(self._workers, batch.verdict)
 
     def _at(
         self, when: float, what: Callable[[], None], server: Server | None = None, stamp: int = 0

@@ -22,8 +22,6 @@ class Speeds:
     verify: float = 0.0
     """Seconds of a verifier worker per completion."""
     verify_workers: int = 1
-    verify_on_arrival: bool = False
-    """Judge each completion when it is complete, not all behind the last one."""
     update: float = 0.0
     """Seconds of the trainer per step."""
     publish: float = 0.0
