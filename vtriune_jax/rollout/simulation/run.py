@@ -297,4 +297,5 @@ def steady(records: list[dict[str, float]], ahead: int) -> dict[str, float]:
     first = min(ahead + 1, len(records) - 1) if ahead else 0
     middle = records[first : max(len(records) - ahead, first + 1)]
     found = {name: sum(r[name] for r in middle) / len(middle) for name in middle[0]}
-    return found | {"staleness/max": max(record["staleness/max"] for record in middle)}
+    most = [record["staleness/max"] for record in middle if "staleness/max" in record]
+    return found | ({"staleness/max": max(most)} if most else {})
