@@ -57,16 +57,23 @@ def sample(engine, numbers, lengths, n=SAMPLES):
     return [future.result().groups[0] for future in futures]
 
 
-def measured(engine, servers, tokens=60):
-    """(in flight, tokens per second) of a server."""
-    found = []
-    for count in (1, CAPACITY // 4, CAPACITY // 2, CAPACITY):
-        numbers = range(count * servers)
-        lengths = np.full(count * servers, tokens)
-        start = time.monotonic()
-        sample(engine, numbers, lengths, n=1)
-        found.append((count, count * tokens / (time.monotonic() - start)))
-    return tuple(found)
+def measured(engine, servers, short=10, long=50):
+    """((in flight, tokens per second), …) of a server, and its seconds to take in a prompt.
+
+    All servers work at once, as in the loop. What does not grow with the tokens is the prompts'.
+    """
+    found, own = [], 0.0
+    for prompts, n in ((1, 1), (1, SAMPLES), (2, SAMPLES), (CAPACITY // SAMPLES, SAMPLES)):
+        seconds = []
+        for tokens in (short, long):
+            lengths = np.full(prompts * servers, tokens)
+            start = time.monotonic()
+            sample(engine, range(prompts * servers), lengths, n)
+            seconds.append(time.monotonic() - start)
+        token = (seconds[1] - seconds[0]) / (long - short)
+        own = max(seconds[0] - short * token, 1e-6) / prompts
+        found.append((prompts * n, prompts * n / token))
+    return tuple(found), own
 
 
 def loop(engine, fleet, lengths, update, ahead, folder):
@@ -154,10 +161,12 @@ def main():
         for server in servers:
             server.capacity = CAPACITY
         sample(engine, range(len(servers)), lengths)
-        decode = measured(engine, len(servers))
-        print("decode", ", ".join(f"{n}: {rate:.0f} tokens/s" for n, rate in decode))
+        decode, own = measured(engine, len(servers))
+        rates = ", ".join(f"{n}: {rate:.0f}" for n, rate in decode)
+        print(f"a server: tokens/s by completions in flight {rates}; a prompt {own * 1e3:.0f} ms")
         speeds = Speeds(
             decode=decode,
+            prefill=1 / own,
             capacity=CAPACITY,
             verify=VERIFY,
             verify_workers=WORKERS,
@@ -177,7 +186,7 @@ def main():
                     servers=len(servers),
                     prompts=PROMPTS,
                     samples=SAMPLES,
-                    prompt_tokens=0,
+                    prompt_tokens=1,
                     steps=STEPS,
                     ahead=ahead,
                 )

@@ -29,7 +29,7 @@ def test_one_split_by_hand(capsys, tmp_path):
     split = ("--trainer_chips=6", "--servers=4", "--gpus_per_server=2", f"--json={file}")
     head, table, *lines = simulated(capsys, QUICKSTART, *KNOWN, *split)
     assert "6 steps of 32 prompts × 8 completions, 10 tokens a prompt" in head
-    assert table.split()[:3] == ["trainer", "fleet", "ahead"]
+    assert table.split()[:4] == ["chips:", "trainer", "fleet", "ahead"]
     assert [line.split()[:3] for line in lines] == [["6", "8", "0"], ["6", "8", "1"]]
     found = json.loads(file.read_text())
     assert found["assumed"] == []

@@ -10,7 +10,7 @@ of chips between trainer and fleet, or one split. Seeded; needs no accelerator.
 --trainer_chips=N      with --servers=N, in place of --budget: this split
 --gpus_per_server=N    (1)
 --ahead=0,1            steps that sampling may be ahead of training, each simulated
---steps=N              to simulate (20)
+--steps=N              to simulate (10)
 --json=FILE            write the numbers there, of every step
 --help                 show this text
 
@@ -56,18 +56,19 @@ from vtriune_jax.rollout.simulation.speeds import Speeds, read_decode
 from vtriune_jax.rollout.simulation.split import best_split
 
 COLUMNS = (
-    # (heading, name, format)
+    # (heading, metric, format)
     ("step s", "time/step", "{:.1f}"),
-    ("rollout s", "time/rollout", "{:.1f}"),
-    ("tail s", "time/tail", "{:.1f}"),
-    ("verify s", "time/verify", "{:.1f}"),
-    ("update s", "time/update", "{:.1f}"),
-    ("sync s", "time/sync", "{:.1f}"),
-    ("trainer idle", "idle/trainer", "{:.0%}"),
-    ("fleet idle", "idle/fleet", "{:.0%}"),
-    ("stale mean", "staleness/mean", "{:.2f}"),
-    ("max", "staleness/max", "{:.0f}"),
+    ("rollout", "time/rollout", "{:.1f}"),
+    ("tail", "time/tail", "{:.1f}"),
+    ("verify", "time/verify", "{:.1f}"),
+    ("update", "time/update", "{:.1f}"),
+    ("sync", "time/sync", "{:.1f}"),
+    ("idle: trainer", "idle/trainer", "{:.0%}"),
+    ("fleet", "idle/fleet", "{:.0%}"),
+    ("staleness", "staleness/mean", "{:.2f}"),
+    ("most", "staleness/max", "{:.0f}"),
 )
+"""Of the table; seconds and shares are of the mean step."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[tuple[str, str]]]
         flags.DEFINE_string(name, None, "", flag_values=options)
     for name, least in (("trainer_chips", 1), ("servers", 1), ("prompt_tokens", 0)):
         flags.DEFINE_integer(name, None, "", lower_bound=least, flag_values=options)
-    for name, default in (("gpus_per_server", 1), ("capacity", 128), ("steps", 20)):
+    for name, default in (("gpus_per_server", 1), ("capacity", 128), ("steps", 10)):
         flags.DEFINE_integer(name, default, "", lower_bound=1, flag_values=options)
     for name in ("prefill", "publish", "load"):
         flags.DEFINE_float(name, None, "", lower_bound=0.0, flag_values=options)
@@ -222,14 +223,16 @@ def heading(name: str, scenario: Scenario) -> str:
 
 def table_head() -> str:
     """The headings over `line_of`."""
-    return f"{'trainer':>8}{'fleet':>7}{'ahead':>7}" + "".join(f"{h:>14}" for h, *_ in COLUMNS)
+    head = "".join(f"{heading:>{len(heading) + 2}}" for heading, *_ in COLUMNS)
+    return f"chips: trainer  fleet  ahead{head}"
 
 
 def line_of(row: dict[str, Any]) -> str:
     """The mean step of a run."""
-    return f"{row['trainer_chips']:>8}{row['fleet_chips']:>7}{row['ahead']:>7}" + "".join(
-        f"{form.format(row['mean'][name]):>14}" for _, name, form in COLUMNS
+    cells = "".join(
+        f"{form.format(row['mean'][name]):>{len(heading) + 2}}" for heading, name, form in COLUMNS
     )
+    return f"{row['trainer_chips']:>14}{row['fleet_chips']:>7}{row['ahead']:>7}{cells}"
 
 
 def _update(text: str, calls: int) -> tuple[float, int]:

@@ -8,7 +8,7 @@ from functools import cache
 
 from vtriune_jax.rollout.simulation.run import Scenario, simulate, steady
 
-GRID = 32
+GRID = 16
 """At most so many splits come into question, evenly spread."""
 
 
