@@ -138,6 +138,18 @@ def test_tokens_are_carried_over_up_to_an_age(carry):
     assert 1 <= max(record["staleness/max"] for record in records) <= carry + 1
 
 
+def test_the_place_of_an_interrupted_prompt_is_taken_at_once():
+    """Steps want one of two prompts, on two servers with room for one each. When 10 tokens end the
+    second step, the 1,000 beside them are interrupted, and both prompts of the third begin."""
+    prompts = iter([10, 1000, 10, 1000, 10, 10, 10, 10, 10, 10])
+    one_each = speeds(SCENARIO, capacity=8, update=100.0)
+    scenario = replace(one_each, servers=2, prompts=1, over_sampling=1.0, ahead=2, steps=3)
+    lengths_in_order = lambda _, n: np.full(n, next(prompts))  # noqa: E731
+    third = simulate(replace(scenario, lengths=lengths_in_order))[2]
+    token = SPEEDS.token_seconds()[8]
+    assert third["time/rollout"] == pytest.approx(20 * token)
+
+
 def test_sampling_ahead_hides_the_tail_behind_the_next_step():
     slow = speeds(MIXED, update=1.0)
     assert step(replace(slow, ahead=2))["idle/fleet"] < step(slow)["idle/fleet"]

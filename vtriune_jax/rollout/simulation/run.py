@@ -255,6 +255,8 @@ class Run:
         for prompt in [each for each in self._open.values() if each.batch is batch]:
             self._take_back(prompt)
             batch.interrupted += 1
+        if batch.interrupted:
+            self._assign(self._servers)
         for _ in range(self._s.prompts * self._s.samples if self._s.speeds.verify else 0):
             verdict = max(self._workers[0], self._now) + self._s.speeds.verify
             heapq.heapreplace(self._workers, verdict)
