@@ -125,7 +125,7 @@ def test_the_scripts_pass_shellcheck():
     tool = shutil.which("shellcheck", path=path)
     if tool is None:
         pytest.skip("shellcheck is not installed; requirements-dev.txt has it")
-    scripts = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+    scripts = [*sorted((ROOT / "launch").rglob("*.sh")), ROOT / ".ci" / "run"]
     subprocess.run([tool, "--external-sources", *scripts], cwd=ROOT, check=True)
 
 
