@@ -4,6 +4,7 @@ import functools
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -42,9 +43,11 @@ def quick_compiles():
 def updating(loss, freeze, micro_batches):
     graphdef, params = tiny_update.model()
     mesh = sharding.make_mesh()
-    fresh = functools.partial(init_state, params, REMEMBER, mesh, freeze)
+    state = init_state(params, REMEMBER, mesh, freeze)
+    copy = jax.tree.map(np.array, state)
     keys = {"num_sources": len(SOURCES), "freeze": freeze, "micro_batches": micro_batches}
-    return make_update(graphdef, REMEMBER, loss, mesh, fresh(), **keys), fresh
+    update = make_update(graphdef, REMEMBER, loss, mesh, state, **keys)
+    return update, lambda: jax.tree.map(jnp.array, copy)
 
 
 def gradient(batch, loss, freeze, micro_batches):
@@ -72,16 +75,17 @@ def batches(groups, advantages, weights, vision_trained=False, unit=1):
 
 
 def assert_equal(got, want):
-    """As close as float32 sums in another order come: 1e-6 of the gradient, of each part of it that
-    is not mere rounding (keys' biases have gradient 0), and of each metric."""
+    """As close as float32 sums in another order come (seen: 7e-7 of the gradient). Parts of the
+    gradient may be mere rounding, as of keys' biases, and sums may cancel."""
     whole = optax.tree.norm(want[0])
     errors = jax.tree.map(lambda a, b: np.linalg.norm(a - b), got[0], want[0])
-    assert optax.tree.norm(errors) <= 1e-6 * whole
+    assert optax.tree.norm(errors) <= 2e-6 * whole
     for error, leaf in zip(jax.tree.leaves(errors), jax.tree.leaves(want[0]), strict=True):
-        assert error <= 1e-6 * max(np.linalg.norm(leaf), 0.1 * whole)
+        assert error <= 2e-6 * max(np.linalg.norm(leaf), 0.1 * whole)
     assert got[1].keys() == want[1].keys()
     for name, (total, count) in got[1].items():
-        np.testing.assert_allclose(total, want[1][name][0], rtol=1e-6, atol=1e-6, err_msg=name)
+        near = {"rtol": 2e-6, "atol": 1e-6 * np.max(count), "err_msg": name}
+        np.testing.assert_allclose(total, want[1][name][0], **near)
         np.testing.assert_array_equal(count, want[1][name][1], err_msg=name)
 
 
@@ -112,7 +116,7 @@ def drawn(draw, n):
 def test_gradients_do_not_depend_on_the_rows(loss, n, micro_batches):
     kinds = set()
 
-    @settings(max_examples=8, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=6, deadline=None, database=None, derandomize=True)
     @given(drawn(n))
     def check(case):
         (_, single), *others = batches(*case, unit=micro_batches)
