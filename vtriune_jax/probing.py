@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from vtriune_jax import sharding
 from vtriune_jax.assemble import Parts
 from vtriune_jax.data.packing import pack
-from vtriune_jax.data.rows import Slots
 from vtriune_jax.data.prompts import Prompter
+from vtriune_jax.data.rows import Slots
 from vtriune_jax.rl.losses import LossConfig
 from vtriune_jax.rl.policy import make_logps
 from vtriune_jax.rollout.probe import Probe
