@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from vtriune_jax import sharding
 from vtriune_jax.assemble import Parts
-from vtriune_jax.data.packing import Slots, pack
+from vtriune_jax.data.packing import pack
 from vtriune_jax.data.prompts import Prompter
+from vtriune_jax.data.rows import Slots
 from vtriune_jax.rl.losses import LossConfig
 from vtriune_jax.rl.policy import make_logps
 from vtriune_jax.rollout.probe import Probe
@@ -78,7 +79,7 @@ def completion_logps(
         found = logps(params, batch)
         if jax.process_count() > 1:
             found = multihost_utils.process_allgather(found, tiled=True)
-        table = np.asarray(found)
+        table = np.asarray(found)[:, 0]
         return [table[i, : len(group.completions[0].ids)] for i, group in enumerate(groups)]
 
     return of
