@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "models": ["types"],
     "data": ["types", "models.layout", "models.config"],
     "verifiers": ["types", "rewards"],
-    "rollout": ["types", "models"],
+    "rollout": ["types", "models", "sharding"],
     "rl": ["types", "models", "sharding", "optim"],
     "sharding": ["types"],
     "optim": ["types"],
