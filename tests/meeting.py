@@ -85,7 +85,9 @@ def groups_go_where_they_are_trained_on() -> None:
 
     def group(number):
         ids = np.arange(number, dtype=np.int32)
-        return Group(prompt(number), (Completion(ids, ids / 3, f"é{number}", "stop"),) * 2)
+        return Group(
+            prompt(number), (Completion(ids, np.float32(ids / 3), f"é{number}", "stop"),) * 2
+        )
 
     own = [*range(8)[hosts.share().slice], *range(8, 16)[hosts.share().slice]]
     held = {n: (group(n), [Verdict("ok", n / 7, {"accuracy": 0.5}), Verdict("error")]) for n in own}
@@ -100,7 +102,7 @@ def groups_go_where_they_are_trained_on() -> None:
         number = found.prompt.sample.id
         for completion, expected in zip(found.completions, group(number).completions, strict=True):
             np.testing.assert_array_equal(completion.ids, expected.ids)
-            np.testing.assert_array_equal(completion.logps, expected.logps.astype(np.float32))
+            np.testing.assert_array_equal(completion.logps, expected.logps)
             assert (completion.text, completion.finish) == (expected.text, "stop")
         assert judged == [Verdict("ok", number / 7, {"accuracy": 0.5}), Verdict("error")]
     half = len(given[0]) // 2
