@@ -1,4 +1,4 @@
-"""The probe of the rollout servers (`rollout.probe`), made of a run's own rows and model."""
+"""What the probe of the rollout servers (`rollout.probe`) looks at: rows and log-probs of a run."""
 
 from __future__ import annotations
 
@@ -12,33 +12,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vtriune_jax import sharding
-from vtriune_jax.assemble import Parts
 from vtriune_jax.data.packing import pack
 from vtriune_jax.data.prompts import Prompter
 from vtriune_jax.data.rows import Slots
 from vtriune_jax.rl.losses import LossConfig
 from vtriune_jax.rl.policy import make_logps
-from vtriune_jax.rollout.probe import Probe
 from vtriune_jax.types import Completion, Group, Sample
 
 TOKENS = 32
 """Of a completion, at most."""
-
-
-def make_probe(parts: Parts, *, prompts: int, limit: float) -> Probe:
-    """A probe of so many prompts, of which half have images if the rows have any.
-
-    The rows are held-out ones, or, if there are none, the first that are trained on.
-    """
-    samples = parts.heldout or tuple(s for source, _ in parts.train for s in source[:prompts])
-    groups = choose(samples, parts.prompter, prompts)
-    return Probe(
-        groups,
-        completion_logps(parts.graphdef, groups, parts.slots.pad_id, parts.mesh),
-        image_id=parts.model_config.image_token_id,
-        pictures=parts.prompter.pictures,
-        limit=limit,
-    )
 
 
 def choose(samples: Sequence[Sample], prompter: Prompter, count: int) -> list[Group]:

@@ -1,4 +1,4 @@
-"""Runs whose completions come from servers: fake ones, which have the weights that they are given."""
+"""Runs whose completions come from servers: fake ones, with the weights that they are given."""
 
 import json
 import threading
