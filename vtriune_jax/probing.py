@@ -1,4 +1,4 @@
-"""The probe of the rollout servers (`rollout.probe`), made of a run's own rows and model."""
+"""What the probe of the rollout servers compares: a run's own rows, by its own model."""
 
 from __future__ import annotations
 
@@ -12,45 +12,31 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vtriune_jax import sharding
-from vtriune_jax.assemble import Parts
-from vtriune_jax.data.packing import Slots, pack
+from vtriune_jax.data.packing import pack
 from vtriune_jax.data.prompts import Prompter
+from vtriune_jax.data.rows import Slots
 from vtriune_jax.rl.losses import LossConfig
 from vtriune_jax.rl.policy import make_logps
-from vtriune_jax.rollout.probe import Probe
 from vtriune_jax.types import Completion, Group, Sample
 
 TOKENS = 32
 """Of a completion, at most."""
 
 
-def make_probe(parts: Parts, *, prompts: int, limit: float) -> Probe:
-    """A probe of so many prompts, of which half have images if the rows have any.
-
-    The rows are held-out ones, or, if there are none, the first that are trained on.
-    """
-    samples = parts.heldout or tuple(s for source, _ in parts.train for s in source[:prompts])
-    groups = choose(samples, parts.prompter, prompts)
-    return Probe(
-        groups,
-        completion_logps(parts.graphdef, groups, parts.slots.pad_id, parts.mesh),
-        image_id=parts.model_config.image_token_id,
-        pictures=parts.prompter.pictures,
-        limit=limit,
-    )
-
-
 def choose(samples: Sequence[Sample], prompter: Prompter, count: int) -> list[Group]:
     """The first `count` samples, as many with images as without where there are such, with the
-    beginning of their demonstrations."""
+    beginning of their demonstrations (or of their ground truths)."""
     kinds = [[s for s in samples if s.images], [s for s in samples if not s.images]]
     half = max(count // 2, count - len(kinds[0]))
     few = kinds[1][:half]
     chosen = [*kinds[0][: count - len(few)], *few]
-    ids = [prompter.encode_completion(sample.demonstration)[:TOKENS] for sample in chosen]
+    ids = [
+        prompter.encode_completion(sample.demonstration or sample.reward.ground_truth)
+        for sample in chosen
+    ]
     return [
-        Group(prompter(sample, 0), (Completion(own, np.zeros(len(own), np.float32), "", "stop"),))
-        for sample, own in zip(chosen, ids, strict=True)
+        Group(prompter(sample), (Completion(own, np.zeros(len(own), np.float32), "", "stop"),))
+        for sample, own in zip(chosen, (each[:TOKENS] for each in ids), strict=True)
     ]
 
 
@@ -66,7 +52,7 @@ def completion_logps(
     slots = Slots(
         prompt_tokens=max(len(group.prompt.ids) for group in groups),
         completion_tokens=max(len(group.completions[0].ids) for group in groups),
-        windows=max(len(group.prompt.vision.segments) for group in groups),
+        windows=max(1, *(len(group.prompt.vision.segments) for group in groups)),
         pad_id=pad_id,
     )
     ones = np.ones((rows, 1), np.float32)
@@ -78,7 +64,7 @@ def completion_logps(
         found = logps(params, batch)
         if jax.process_count() > 1:
             found = multihost_utils.process_allgather(found, tiled=True)
-        table = np.asarray(found)
+        table = np.asarray(found).reshape(rows, -1)
         return [table[i, : len(group.completions[0].ids)] for i, group in enumerate(groups)]
 
     return of

@@ -8,18 +8,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from vtriune_jax.data.packing import pack
 from vtriune_jax.data.prompts import Prompter
 from vtriune_jax.data.rows import Slots
 from vtriune_jax.export import PROCESSOR_FILES
 from vtriune_jax.models.config import ModelConfig
-from vtriune_jax.rl.losses import LossConfig
-from vtriune_jax.rl.policy import make_logps
+from vtriune_jax.probing import choose, completion_logps
 from vtriune_jax.rollout.addresses import Addresses
 from vtriune_jax.rollout.choice import Sampling
 from vtriune_jax.rollout.fleet import Fleet
@@ -27,8 +23,7 @@ from vtriune_jax.rollout.probe import Probe
 from vtriune_jax.rollout.publish import Publisher
 from vtriune_jax.rollout.sglang import Rollout, SGLangEngine
 from vtriune_jax.rollout.sync import WeightSync
-from vtriune_jax.sharding import row_shards
-from vtriune_jax.types import Completion, Group, Prompt, Sample
+from vtriune_jax.types import Group, Prompt, Sample
 
 START_SECONDS = 600.0
 """For the first server to be ready: large models take minutes to load."""
@@ -94,10 +89,10 @@ def serve(
     )
     probe = None
     if keys.probe_prompts:
-        groups = probed(examples[: keys.probe_prompts], prompter)
+        groups = choose(examples, prompter, keys.probe_prompts)
         probe = Probe(
             groups,
-            scorer(groups, graphdef, mesh, slots),
+            completion_logps(graphdef, groups, slots.pad_id, mesh),
             image_id=model_config.image_token_id,
             pictures=prompter.pictures,
             limit=keys.probe_gap,
@@ -122,30 +117,3 @@ def addresses(given: Sequence[str]) -> Addresses:
     """URLs as they are; a single path is the file that lists them."""
     [first, *others] = given
     return list(given) if others or "://" in first else Path(first).expanduser()
-
-
-def probed(samples: Sequence[Sample], prompter: Prompter) -> list[Group]:
-    """Prompts with their demonstrations as completions: some text, whose log-probs are compared."""
-    groups = []
-    for sample in samples:
-        ids = prompter.encode_completion(sample.demonstration or sample.reward.ground_truth)
-        text = Completion(ids, np.zeros(len(ids), np.float32), sample.demonstration, "stop")
-        groups.append(Group(prompter(sample), (text,)))
-    return groups
-
-
-def scorer(groups: Sequence[Group], graphdef: nnx.GraphDef, mesh: Mesh, slots: Slots) -> Any:
-    """A function from parameters to the trainer's log-probs of the groups' completions."""
-    missing = -len(groups) % row_shards(mesh)  # rows for every device
-    rows = [*groups, *(list(groups[:1]) * missing)]
-    ones = np.ones((len(rows), 1), np.float32)
-    sources = {group.prompt.sample.data_source: 0 for group in rows}
-    batch = pack(rows, ones, ones, sources, slots)
-    logps = make_logps(graphdef, LossConfig(), mesh)
-
-    def score(params: Any) -> list[np.ndarray]:
-        found = np.asarray(jax.device_get(logps(params, batch))).reshape(len(rows), -1)
-        lengths = [len(group.completions[0].ids) for group in groups]
-        return [row[:length] for row, length in zip(found, lengths, strict=False)]
-
-    return score
