@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone, not an installed package
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vtriune_jax import models, sharding
@@ -37,7 +38,7 @@ PRESETS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Updates in three kinds of rows.")
     parser.add_argument("--preset", default="small", choices=PRESETS)
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--samples", type=int, default=8)
@@ -55,7 +56,7 @@ def main() -> None:
     for kind in KINDS:
         rows = choose(kind, asked, slots, args.groups, args.samples, 1, config, False)
         ones = np.ones((args.groups, args.samples), np.float32)
-        features = np.zeros((args.groups, 4, config.text.embed), np.float32)
+        features = jnp.zeros((args.groups, 4, config.text.embed))
         batch = pack(groups, ones, ones, {"bench": 0}, slots, features, rows)
         runs[kind] = update_of(config, batch), batch.ids.shape
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -78,7 +79,8 @@ def main() -> None:
 def model_config(args: Any) -> ModelConfig:
     sizes = PRESETS[args.preset]
     half = sizes["embed"] // sizes["heads"] // 2
-    text = TextConfig(**sizes, kv_heads=2, mrope_section=(half - 2 * (half // 3), *[half // 3] * 2))
+    third = half // 3
+    text = TextConfig(**sizes, kv_heads=2, mrope_section=(half - 2 * third, third, third))
     vision = VisionConfig(
         depth=1, embed=16, mlp=16, heads=1, out=sizes["embed"], full_attention=(), window_size=56
     )

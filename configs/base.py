@@ -107,7 +107,8 @@ def get_config() -> Any:
         # Windows of the vision tower per row: ⌈h/112⌉·⌈w/112⌉ for an image of h×w pixels, if the
         # window size is 112 (as in the released models).
         windows=400,
-        # An update goes through its rows in this many pieces, to save memory; same result.
+        # An update goes through its rows in this many pieces, to save memory; same result. Where
+        # there are fewer groups than pieces and devices, a group is cut into several rows.
         micro_batches=1,
         # Rows of an update: "single" ones are a prompt and one completion, "group" ones a prompt
         # and all its completions, "packed" ones as many sequences as fit into a single one's

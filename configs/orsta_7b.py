@@ -35,7 +35,7 @@ def get_config() -> Any:
     config.batch.prompt_tokens = 2048
     config.batch.completion_tokens = 2048
     config.batch.windows = 100
-    config.batch.micro_batches = 128  # on 16 devices: 4 rows each at once
+    config.batch.micro_batches = 128  # on 16 devices: a prompt and 4 completions each at once
 
     config.sft.prompts = 1024  # no supervised stage; a multiple of micro_batches all the same
     config.verifiers.workers = 16

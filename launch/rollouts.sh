@@ -20,9 +20,9 @@
 #   --restart    start a server again that died; else it only leaves the list
 #   --dry-run    print the commands and run none
 #
-# ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY, if set, are asked of clients; needed unless --host is of
-# this machine alone. SGLANG_PYTHON (python3) has SGLang for GPUs. Paths are relative to the
-# repository.
+# VTRIUNE_ROLLOUT_KEY and VTRIUNE_ROLLOUT_ADMIN_KEY, if set, are asked of clients (the trainer reads
+# the same variables); they are needed unless --host is of this machine alone. SGLANG_PYTHON
+# (python3) has SGLang for GPUs. Paths are relative to the repository.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -71,8 +71,8 @@ done
 ((servers > 0)) || fail "--servers=$servers: at least one is needed"
 $cpu || ((servers <= most)) || fail "--servers=$servers: 8 GPUs hold $most servers of this preset"
 [[ $host != 0.0.0.0 ]] || fail "--host=0.0.0.0 is no address for the trainer; name this machine's"
-[[ $host == 127.* || (${ROLLOUT_API_KEY:-} && ${ROLLOUT_ADMIN_KEY:-}) ]] ||
-  fail "--host=$host may be reached by others: set ROLLOUT_API_KEY and ROLLOUT_ADMIN_KEY"
+[[ $host == 127.* || (${VTRIUNE_ROLLOUT_KEY:-} && ${VTRIUNE_ROLLOUT_ADMIN_KEY:-}) ]] ||
+  fail "--host=$host may be reached by others: set VTRIUNE_ROLLOUT_KEY and VTRIUNE_ROLLOUT_ADMIN_KEY"
 [[ ! $router || ${ROUTER_PYTHON:-} ]] ||
   fail "--router needs ROUTER_PYTHON: a Python with sglang-router==0.3.2 and without sglang"
 $dry_run || [[ -f $model/config.json ]] || fail "--model=$model has no config.json: not a checkpoint"
@@ -128,16 +128,16 @@ command_of() {
   command+=("${more[@]}")
 }
 
-api_key=${ROLLOUT_API_KEY:-} admin_key=${ROLLOUT_ADMIN_KEY:-}
+api_key=${VTRIUNE_ROLLOUT_KEY:-} admin_key=${VTRIUNE_ROLLOUT_ADMIN_KEY:-}
 count=$((servers + (${router:-0} > 0)))
 if $dry_run; then
   # Keys are secret: their names are printed.
-  if [[ $api_key ]]; then api_key=\$ROLLOUT_API_KEY; fi
-  if [[ $admin_key ]]; then admin_key=\$ROLLOUT_ADMIN_KEY; fi
+  if [[ $api_key ]]; then api_key=\$VTRIUNE_ROLLOUT_KEY; fi
+  if [[ $admin_key ]]; then admin_key=\$VTRIUNE_ROLLOUT_ADMIN_KEY; fi
   for ((i = 0; i < count; i++)); do
     command_of "$i"
     printf -v line '%q ' "${command[@]}"
-    printf '%s\n' "${line//\\\$ROLLOUT/\$ROLLOUT}"
+    printf '%s\n' "${line//\\\$VTRIUNE/\$VTRIUNE}"
   done
   exit
 fi

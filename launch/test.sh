@@ -32,6 +32,6 @@ cores=$(getconf _NPROCESSORS_ONLN)
 check ruff format --check .
 check ruff check .
 check python -m pyright --pythonpath "$python"
-check shellcheck --external-sources launch/*.sh .ci/run
+check shellcheck --external-sources launch/*.sh launch/*/*.sh .ci/run
 # One file is tested by one process, so that its fixtures are made once; a process needs about 2 GB.
 check python -m pytest --numprocesses="$((cores < 8 ? cores : 8))" --dist=loadfile "$@"

@@ -2,19 +2,22 @@
 # Creates a Cloud TPU VM, sets it up, trains, copies the results to a bucket and deletes the VM.
 #
 #   launch/tpu_vm.sh --name=NAME --zone=ZONE --type=TYPE --workdir=gs://BUCKET/FOLDER
-#                    [--project=PROJECT] [--config=FILE] [--version=RUNTIME] [--spot] [--keep]
-#                    [--dry-run] [-- FLAGS OF vtriune_jax.main …]
+#                    [--project=PROJECT] [--config=FILE] [--version=RUNTIME] [--mount] [--spot]
+#                    [--keep] [--dry-run] [-- FLAGS OF vtriune_jax.main …]
 #
 #   --name      of the VM; one that exists already is used
 #   --zone      for example us-east5-b
-#   --type      accelerator type; of a single host for now, such as v6e-8 or v5litepod-8
+#   --type      accelerator type, such as v6e-8 (one host) or, with --mount, v6e-64 (sixteen)
 #   --workdir   home of the run: fetched before training, which continues it, and written back
 #               afterwards, whichever way training ended
+#   --mount     mount the bucket on every worker (gcsfuse) and run right there: what several hosts
+#               need, as they must see one folder; the bucket wants a hierarchical namespace, in
+#               which folders are renamed at once. Not yet tried on a real pod.
 #   --project   of Google Cloud; gcloud's own setting by default
 #   --config    a file of this repository; configs/quickstart.py by default
 #   --version   runtime of the VM; v2-alpha-tpuv6e by default, v2-alpha-tpuv5-lite for v5litepod
 #   --spot      a cheaper VM that may be taken away, with what was not written back
-#   --keep      leave the VM running (and costing); it is also kept if nothing could be written back
+#   --keep      leave the VM running (and costing); it is also kept if writing back fails
 #   --dry-run   print the commands and run none
 #
 # Example:
@@ -29,7 +32,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 name='' zone='' type='' workdir='' project=''
 config=configs/quickstart.py version=v2-alpha-tpuv6e
-spot=false keep=false dry_run=false
+mount=false spot=false keep=false dry_run=false
 
 while (($#)); do
   case $1 in
@@ -37,6 +40,7 @@ while (($#)); do
       flag=${1%%=*}
       printf -v "${flag#--}" %s "${1#*=}"
       ;;
+    --mount) mount=true ;;
     --spot) spot=true ;;
     --keep) keep=true ;;
     --dry-run) dry_run=true ;;
@@ -92,8 +96,8 @@ exists() {
 finish() {
   local status=$?
   trap - EXIT
-  if ! on_vm "if [[ -d $there ]]; then gcloud storage rsync --recursive $there $home; fi"; then
-    printf 'error: nothing was written to %s, so the VM %s stays\n' "$workdir" "$name" >&2
+  if ! on_vm "$write_back"; then
+    printf 'error: %s may lack what was written last, so the VM %s stays\n' "$workdir" "$name" >&2
     keep=true
   fi
   $keep || tpu delete "$name" "${place[@]}" --quiet
@@ -102,6 +106,24 @@ finish() {
 
 home=$(quote "$workdir")
 there=$(quote "runs/${workdir#gs://}")
+bucket=${workdir#gs://} bucket=${bucket%%/*}
+fetch="mkdir -p $there
+if gcloud storage ls $home >/dev/null 2>&1; then gcloud storage rsync --recursive $home $there; fi"
+write_back="if [[ -d $there ]]; then gcloud storage rsync --recursive $there $home; fi"
+if $mount; then
+  keys=/usr/share/keyrings/cloud.google.gpg site=https://packages.cloud.google.com/apt
+  fetch="if ! command -v gcsfuse >/dev/null; then
+  curl -fsS $site/doc/apt-key.gpg | sudo gpg --dearmor --yes --output $keys
+  echo \"deb [signed-by=$keys] $site gcsfuse-\$(lsb_release -cs) main\" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list
+  sudo apt-get -q update
+  sudo apt-get -qy install gcsfuse
+fi
+mkdir -p runs/$bucket
+mountpoint -q runs/$bucket ||
+  gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 $bucket runs/$bucket"
+  write_back="if mountpoint -q runs/$bucket; then fusermount -u runs/$bucket; fi"
+fi
 train=$(quote "--config=$config" "--workdir=runs/${workdir#gs://}" "$@")
 archive=${TMPDIR:-/tmp}/vtriune_jax-$name.tar.gz
 
@@ -118,6 +140,5 @@ sudo apt-get -qy install python3.12-venv || sudo apt-get -qy install python3.11-
 source launch/setup.sh
 set_up requirements.txt
 .venv/bin/python -m pip install --quiet 'jax[tpu]'"
-on_vm "mkdir -p $there
-if gcloud storage ls $home >/dev/null 2>&1; then gcloud storage rsync --recursive $home $there; fi"
+on_vm "$fetch"
 on_vm "exec .venv/bin/python -m vtriune_jax.main $train"

@@ -71,7 +71,7 @@ def make_parts(folder, samples=1, **more):
 
 def test_so_many_samples_of_every_source(tmp_path):
     groups = [make_group(source, k) for k in range(3) for source in ("b", "a")]
-    heldout = HeldOut(groups, [[OK]] * 6)
+    heldout = HeldOut(groups, [[OK]] * 6, range(6))
     views = list(sample_views(heldout, make_parts(tmp_path, samples=2)))
     assert [view.source for view in views] == ["a", "a", "b", "b"]
     assert list(sample_views(heldout, make_parts(tmp_path, samples=0))) == []
@@ -87,7 +87,7 @@ def finished(tmp_path_factory):
     tiny.ensure_tiny(folder / "model", sizes, ["Where are the dogs?"], 0)
     model = models.load_pretrained(folder / "model")
     _, params = models.split(model)
-    heldout = HeldOut([make_group()], [[OK]])
+    heldout = HeldOut([make_group()], [[OK]], [0])
     before = {"boxes": SourceMean(0.25, 1)}
     parts = make_parts(folder / "model", model_config=model.config)
     finish(parts, folder / "run", params, before, heldout, steps=3, seconds=4.0)

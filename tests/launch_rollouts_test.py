@@ -226,15 +226,17 @@ def test_presets_share_eight_gpus_out(preset, devices, memory):
 
 
 def test_keys_are_asked_of_clients_and_not_printed():
-    keys = {"ROLLOUT_API_KEY": "secret one", "ROLLOUT_ADMIN_KEY": "secret two"}
+    keys = {"VTRIUNE_ROLLOUT_KEY": "secret one", "VTRIUNE_ROLLOUT_ADMIN_KEY": "secret two"}
     flags = ("--preset=7b", "--servers=1", "--model=/m", "--host=10.0.0.2", "--dry-run")
     ended = launch(SCRIPT, *flags, **keys)
-    assert "--api-key $ROLLOUT_API_KEY --admin-api-key $ROLLOUT_ADMIN_KEY" in ended.stdout
+    assert (
+        "--api-key $VTRIUNE_ROLLOUT_KEY --admin-api-key $VTRIUNE_ROLLOUT_ADMIN_KEY" in ended.stdout
+    )
     assert "secret" not in ended.stdout
 
 
 def test_keys_reach_the_servers(stub, model):
-    keys = {"ROLLOUT_API_KEY": "secret one", "ROLLOUT_ADMIN_KEY": "secret two"}
+    keys = {"VTRIUNE_ROLLOUT_KEY": "secret one", "VTRIUNE_ROLLOUT_ADMIN_KEY": "secret two"}
     with running(stub, model, **keys) as (_, folder):
         until(lambda: listed(folder))
         log = (folder / "server-0.log").read_text()
@@ -271,7 +273,7 @@ def test_taken_ports_are_refused(stub, model):
         (["--model=m", "--cpu", "--servers=two"], "--servers=two is not a whole number"),
         (["--model=m", "--cpu", "--servers=0"], "--servers=0: at least one"),
         (["--model=m", "--cpu", "--host=0.0.0.0"], "no address for the trainer"),
-        (["--model=m", "--preset=7b", "--host=10.0.0.2"], "set ROLLOUT_API_KEY"),
+        (["--model=m", "--preset=7b", "--host=10.0.0.2"], "set VTRIUNE_ROLLOUT_KEY"),
         (["--model=m", "--cpu", "--router=31100"], "--router needs ROUTER_PYTHON"),
         (["--model=/none", "--cpu"], "--model=/none has no config.json"),
     ],

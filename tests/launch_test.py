@@ -103,6 +103,22 @@ def test_tpu_vm_keeps_the_machine_on_request():
     assert ended.stdout.count("--project=p") == ended.stdout.count("tpu-vm")
 
 
+def test_tpu_vm_mounts_the_bucket_for_several_hosts():
+    ended = launch(ROOT / "launch" / "tpu_vm.sh", *TPU, "--mount")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    words = shlex.split(ended.stdout)
+    scripts = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
+    for script in scripts:
+        subprocess.run(["bash", "-n", "-c", script], check=True)
+    mount, training, last = scripts[2:]
+    assert mount.endswith(" bucket runs/bucket")
+    assert '"deb [signed-by=' in mount
+    assert "gcsfuse-$(lsb_release -cs) main" in mount
+    assert shlex.split(training)[-1] == "--workdir=runs/bucket/my run"
+    assert "fusermount -u runs/bucket" in last
+    assert "rsync" not in ended.stdout
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -125,7 +141,7 @@ def test_the_scripts_pass_shellcheck():
     tool = shutil.which("shellcheck", path=path)
     if tool is None:
         pytest.skip("shellcheck is not installed; requirements-dev.txt has it")
-    scripts = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+    scripts = [*sorted((ROOT / "launch").rglob("*.sh")), ROOT / ".ci" / "run"]
     subprocess.run([tool, "--external-sources", *scripts], cwd=ROOT, check=True)
 
 

@@ -121,3 +121,4 @@ def test_rows_of_a_batch_go_to_their_devices():
     placed = sharding.shard_rows({"ids": np.arange(6).reshape(2, 3)}, mesh)
     np.testing.assert_array_equal(placed["ids"], np.arange(6).reshape(2, 3))
     assert placed["ids"].sharding.spec == sharding.ROWS
+    np.testing.assert_array_equal(sharding.local_rows(placed, mesh)["ids"], placed["ids"])

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from vtriune_jax import hosts
 from vtriune_jax.collect import Collected
 from vtriune_jax.data.feed import Skipped
 from vtriune_jax.data.stream import PromptStream
@@ -97,7 +98,8 @@ class Ahead:
 
     def _begin(self, step: int, params: Any) -> None:
         before, clock = self._prompts.position(), self._clock(step)
-        first = self._prompts.take()
+        with hosts.together():
+            first = self._prompts.take()
         if self._pool:
             future = self._pool.submit(self._collect, step, params, first, clock)
         else:

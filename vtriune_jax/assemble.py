@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float
 
-from vtriune_jax import models, sharding
+from vtriune_jax import hosts, models, sharding
 from vtriune_jax.data import digits
 from vtriune_jax.data.packing import stack_vision
 from vtriune_jax.data.prompts import Prompter
@@ -72,7 +74,10 @@ class Parts:
     def encode(
         self, params: Any, prompts: Sequence[Prompt]
     ) -> Float[jax.Array, "prompts units embed"]:
-        """The features of the prompts' images, each device with its rows."""
+        """The features of the prompts' images, each device with its rows.
+
+        Of several processes each gives its own prompts; the features are those of all.
+        """
         vision = sharding.shard_rows(stack_vision(prompts, self.slots), self.mesh)
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # for the tower's `on_rows`
             return models.encode(self.graphdef, params, vision)
@@ -85,15 +90,13 @@ def assemble(config: Any, workdir: Path) -> Iterator[Parts]:
     Raises:
       UserError: whatever is wrong with the config, the checkpoint or the data.
     """
-    if jax.process_count() > 1:
-        raise UserError(
-            f"{jax.process_count()} processes: a run over several hosts is not supported yet; "
-            "use a single-host slice (for example v6e-8) or one GPU machine"
-        )
     mesh = sharding.make_mesh(**config.mesh)
+    _check_hosts(config, mesh)
     _check_rows(config, mesh)
-    train = tuple((_load(config, name, "train"), float(w)) for name, w in config.data.train)
-    heldout = _heldout(config)
+    with hosts.together():
+        train = tuple((_load(config, name, "train"), float(w)) for name, w in config.data.train)
+        heldout = _heldout(config)
+    hosts.check_same("data", _fingerprint(train, heldout))
     path = _checkpoint_path(config, workdir)
     adapters = lora.from_keys(config.model.lora)
     model = models.load_pretrained(
@@ -129,6 +132,7 @@ def assemble(config: Any, workdir: Path) -> Iterator[Parts]:
             banned_ids=prompter.banned_ids,
             pad_id=prompter.pad_id,
             decode_text=prompter.decode,
+            mesh=mesh,
         )
         if config.rollout.engine == "sglang":
             served = serve(
@@ -160,14 +164,28 @@ def assemble(config: Any, workdir: Path) -> Iterator[Parts]:
         )
 
 
+def _check_hosts(config: Any, mesh: Mesh) -> None:
+    """What a run over several processes asks of the config."""
+    processes, keys = jax.process_count(), config.rollout
+    if processes == 1:
+        return
+    sharding.check_hosts(mesh)
+    if keys.engine != "local" or keys.ahead:
+        raise UserError(
+            f"rollout.engine={keys.engine!r} with rollout.ahead={keys.ahead} is not possible over "
+            f'{processes} processes yet; choose rollout.engine="local" and rollout.ahead=0, or one '
+            "process"
+        )
+
+
 def _check_rows(config: Any, mesh: Mesh) -> None:
     """Every step's prompts and rows must divide over the devices; better said now than later."""
     shards, pieces = sharding.row_shards(mesh), config.batch.micro_batches
-    grpo = config.grpo
+    grpo, processes = config.grpo, jax.process_count()
     needs = {
         "eval.batch": (config.eval.batch, shards),
         "sft.prompts": (config.sft.prompts, shards * pieces),
-        "grpo.prompts": (grpo.prompts, shards),
+        "grpo.prompts": (grpo.prompts, math.lcm(shards, processes * grpo.minibatches)),
         "grpo.prompts×samples÷minibatches": (
             grpo.prompts * grpo.samples // grpo.minibatches,
             shards * pieces,
@@ -181,7 +199,8 @@ def _check_rows(config: Any, mesh: Mesh) -> None:
     if wrong:
         raise UserError(
             f"{'; '.join(wrong)}, or another mesh (now data×fsdp={shards}, "
-            f"batch.micro_batches={pieces})"
+            f"batch.micro_batches={pieces}, grpo.minibatches={grpo.minibatches}, "
+            f"processes={processes})"
         )
 
 
@@ -193,7 +212,7 @@ def _load(config: Any, name: str, split: Any) -> Source:
         on_bad_row=config.data.on_bad_row,
         known_verifiers=known_verifiers(),
     )
-    if source.skipped:
+    if source.skipped and hosts.is_first():
         print(f"{name}: {source.skipped} bad rows skipped, the first: {source.first_fault}")
     return source
 
@@ -206,7 +225,20 @@ def _heldout(config: Any) -> tuple[Sample, ...]:
 def _checkpoint_path(config: Any, workdir: Path) -> Path:
     if config.model.path:
         return Path(config.model.path).expanduser()
-    return ensure_tiny(workdir / "model", config.model.tiny, digits.texts(), config.seed)
+    path = workdir / "model"
+    hosts.from_first(lambda: str(ensure_tiny(path, config.model.tiny, digits.texts(), config.seed)))
+    return path
+
+
+def _fingerprint(
+    train: Sequence[tuple[Source, float]], heldout: Sequence[Sample]
+) -> dict[str, object]:
+    """What must be equal where several processes read the same data: sizes, and some rows."""
+    found: dict[str, object] = {"held-out rows": [sample.id for sample in heldout]}
+    for source, _ in train:
+        ends = zlib.crc32(repr((source[0], source[-1])).encode())
+        found[source.name] = {"rows": len(source), "skipped": source.skipped, "ends": ends}
+    return found
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@
 
 A step directory gets its final name when it is complete, so a kill in mid-save leaves only a
 temporary directory, which the next start ignores and removes. Saving goes on in the background.
+Several processes save and restore together, each its own part of the arrays, in a folder that all
+of them see.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
+from vtriune_jax import hosts
 from vtriune_jax.errors import UserError
 from vtriune_jax.types import TrainState
 from vtriune_jax.writers import no_space, writing
@@ -57,7 +60,9 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind and hosts.share().count > 1:
+            return  # what is being saved waits for processes that may be gone, as this one will be
         self.close()
 
     def due(self, step: int) -> bool:
@@ -103,9 +108,10 @@ class Checkpointer:
           UserError: the checkpoint is of another model or optimizer, or none can be read.
         """
         target = jax.tree.map(_abstract, abstract_state)
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = hosts.from_first(lambda: sorted(self._manager.all_steps(), reverse=True))
         faults: dict[int, Exception] = {}
         for step in steps:
+            restored = None
             try:
                 restored = self._read(step, target)
             except UserError:
@@ -114,9 +120,10 @@ class Checkpointer:
                 if type(error) is not Exception and not isinstance(error, _UNREADABLE):
                     raise
                 faults[step] = error
-                continue
-            self._set_aside(faults, step)
-            return restored
+            if all(hosts.gather(bool(restored))) and restored:
+                self._set_aside(faults, step)
+                return restored
+            faults.setdefault(step, OSError("another process cannot read it"))
         if steps:
             raise UserError(
                 f"no checkpoint in {self._directory} can be read (steps {sorted(steps)}; newest: "
@@ -162,7 +169,8 @@ class Checkpointer:
         """Renames unreadable steps, so that they can be saved again, and says so."""
         for step, error in faults.items():
             name = f"unreadable-{step}-{time.time_ns()}"
-            (self._directory / str(step)).rename(self._directory / name)
+            if hosts.is_first():
+                (self._directory / str(step)).rename(self._directory / name)
             logging.warning(
                 "checkpoint %s cannot be read (%s): kept as %s, going on from step %d instead",
                 self._directory / str(step),
@@ -171,18 +179,14 @@ class Checkpointer:
                 restored,
             )
         if faults:
+            hosts.gather(None)  # renamed by now
             self._manager.reload()
 
     def _check_space(self, state: TrainState, waiting: Mapping[str, np.ndarray]) -> None:
         """Refuses to start what cannot be finished: Orbax's own reaction is pages of tracebacks."""
         self._manager.wait_until_finished()  # as saving does: what is being written takes space too
         needed = _OVERHEAD + sum(array.nbytes for array in waiting.values())
-        needed += sum(
-            shard.data.nbytes
-            for array in jax.tree.leaves(state)
-            for shard in array.addressable_shards
-            if shard.replica_id == 0
-        )
+        needed += sum(array.nbytes for array in jax.tree.leaves(state))
         free = shutil.disk_usage(self._directory).free
         if free < needed:
             raise no_space(

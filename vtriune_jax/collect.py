@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
+from vtriune_jax import hosts
 from vtriune_jax.assemble import Parts
 from vtriune_jax.data.feed import Skipped
 from vtriune_jax.data.stream import PromptStream
+from vtriune_jax.exchange import exchanged, shares
 from vtriune_jax.metrics import Refill
 from vtriune_jax.stages import Stage
 from vtriune_jax.steps import Encode, Features, shaped, verify
@@ -28,7 +30,8 @@ from vtriune_jax.types import Group, Prompt, Verdict
 
 Clock = Callable[[str], AbstractContextManager[None]]
 Respond = Callable[[Any, Sequence[Prompt], Features, int], list[Group]]
-"""(parameters, prompts, features, prompts drawn before) → completions, as in `steps.respond`."""
+"""(parameters, prompts, features, place of the first prompt in the step) → completions, as in
+`steps.respond`."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,14 @@ class Collected:
     """What a step trains on, and all that it drew."""
 
     groups: list[Group]
-    """As many as the stage has prompts."""
+    """As many as the stage has prompts, this process's share of them."""
     verdicts: list[list[Verdict]]
     """Of these groups; empty for demonstrations."""
     used: Bool[np.ndarray, " groups"]
     """False for the groups that only fill the batch."""
     features: Features
-    """Of these groups' images; None where sampling did not need them."""
+    """Of these groups' images (of several processes, of all their groups); None where sampling did
+    not need them, or groups have come from another process."""
     all_groups: list[Group]
     """Everything that was drawn …"""
     all_verdicts: list[list[Verdict]]
@@ -65,27 +69,37 @@ def collect(
     """Completes and judges prompts, and chooses the groups of the batch.
 
     `first` are prompts taken already; dynamic sampling may take more. `encode` makes the image
-    features, for a sampler in this process.
+    features, for a sampler in this process. Groups are numbered by the places of their prompts in
+    the step, over all processes, and the choice is the same in all of them.
     """
     groups: list[Group] = []
     verdicts: list[list[Verdict]] = []
     features: list[Any] = []
     skipped: list[Skipped] = []
-    learnable: list[int] = []
+    numbers: list[int] = []
+    learnable: list[list[int]] = []
+    share = hosts.share()
     for round_ in range(stage.refill + 1):
-        drawn, passed_over = prompts.take() if round_ else first
+        if round_:
+            with hosts.together():
+                first = prompts.take()
+        drawn, passed_over = first
+        place = round_ * stage.prompts + prompts.place()
         skipped += passed_over
         if encode:
             with clock("encode"):
                 features.append(encode(params, drawn))
         with clock("rollout"):
-            answered = respond(params, drawn, features[-1] if encode else None, len(groups))
+            answered = respond(params, drawn, features[-1] if encode else None, place)
         with clock("verify"):
             judged = verify(stage, step, answered, parts)
-        learnable += [len(groups) + i for i, each in enumerate(judged) if differ(each)]
         groups += answered
         verdicts += judged
-        if len(learnable) >= stage.prompts:
+        numbers += [place + share.count * i for i in range(len(answered))]
+        if stage.refill:
+            good = [n for n, each in zip(numbers, verdicts, strict=True) if differ(each)]
+            learnable = hosts.gather(good)
+        if sum(map(len, learnable)) >= stage.prompts:
             break
     verdicts = shaped(stage, groups, verdicts)
     if not stage.refill:
@@ -93,23 +107,33 @@ def collect(
         kept = features[0] if encode else None
         return Collected(groups, verdicts, used, kept, groups, verdicts, skipped)
 
-    chosen = learnable[: stage.prompts]
-    seen = chosen[-1] + 1 if len(chosen) == stage.prompts else len(groups)
-    prompts.give_back(len(groups) - seen)
-    dropped = [i for i in range(seen) if i not in set(learnable)]
+    total = (round_ + 1) * stage.prompts
+    useful = sorted(number for theirs in learnable for number in theirs)
+    chosen = useful[: stage.prompts]
+    seen = chosen[-1] + 1 if len(chosen) == stage.prompts else total
+    dropped = sorted(set(range(seen)).difference(useful))
     missing = stage.prompts - len(chosen)
     order = spread(chosen + dropped[:missing], stage.minibatches)
+    held = dict(zip(numbers, zip(groups, verdicts, strict=True), strict=True))
+    if share.count == 1:
+        kept = jnp.concatenate(features)[np.array(order)] if encode else None
+        batch = [held[number] for number in order]
+    else:
+        given = shares(order, stage.minibatches, hosts.gather(numbers))
+        order, kept = given[share.index], None
+        batch = exchanged(given, held, prompts.maker(total))
+    prompts.give_back(total - seen)
     return Collected(
-        groups=[groups[i] for i in order],
-        verdicts=[verdicts[i] for i in order],
+        groups=[group for group, _ in batch],
+        verdicts=[list(judged) for _, judged in batch],
         used=np.isin(order, chosen),
-        features=jnp.concatenate(features)[np.array(order)] if encode else None,
+        features=kept,
         all_groups=groups,
         all_verdicts=verdicts,
         skipped=skipped,
         refill=Refill(
             rounds=round_,
-            dropped=[groups[i].prompt.sample.data_source for i in dropped],
+            dropped=[held[n][0].prompt.sample.data_source for n in dropped if n in held],
             missing=missing,
         ),
     )

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from vtriune_jax import hosts
 from vtriune_jax.ahead import Prompts
 from vtriune_jax.assemble import Parts
 from vtriune_jax.collect import Respond
-from vtriune_jax.data.feed import Feed
+from vtriune_jax.data.feed import Feed, Skipped
 from vtriune_jax.data.mixture import Mixture
 from vtriune_jax.data.packing import check_fits
 from vtriune_jax.data.stream import Chunk, PromptStream, Ticket
@@ -26,28 +27,32 @@ START: Mapping[str, Any] = {"done": 0, "taken": 0, "data": {}, "seconds": 0.0}
 def prompts_ahead(stage: Stage, position: Mapping[str, Any], parts: Parts, source: Feed) -> Prompts:
     """The prompts of the remaining steps, the next ones prepared while the last ones are used.
 
-    Without dynamic sampling or over-sampling a step has one chunk, of its own number.
+    Without dynamic sampling or over-sampling a step has one chunk, of its own number. Of several
+    processes each prepares its own share of a chunk.
     """
+    share = hosts.share()
     mixture = Mixture(parts.train, seed=parts.config.seed + stage.number)
 
-    def prepare(number: int, mixture: Mixture = mixture) -> Chunk:
+    def draw(number: int, mixture: Mixture, mine: slice) -> tuple[list[Prompt], list[Skipped]]:
         def make(sample: Sample) -> Prompt:
             prompt = parts.prompter(sample, number)
             answer = 0 if stage.sampling else len(demonstration(prompt, parts).ids)
             check_fits(prompt, answer, parts.slots)
             return prompt
 
-        before = mixture.state()
-        good, bad = source.draw(mixture, stage.prompts, make)
-        return Chunk(number, good, bad, before, mixture.state())
+        return source.draw(mixture, stage.prompts, make, number, mine)
 
-    def again(ticket: Ticket) -> tuple[Prompt, Ticket]:
+    def again(ticket: Ticket) -> Prompt:
         there = Mixture(parts.train, seed=parts.config.seed + stage.number).restore(ticket["data"])
         chunk, place = divmod(ticket["number"], stage.prompts)
-        return prepare(chunk, there).prompts[place], ticket
+        return draw(chunk, there, slice(place, place + 1))[0][0]
+
+    def prepare(number: int) -> Chunk:
+        before = mixture.state()
+        return Chunk(number, *draw(number, mixture, share.slice), before, mixture.state())
 
     served = parts.served if stage.sampling else None
-    left = [again(ticket) for ticket in position.get("left", ())]
+    left = [(again(ticket), ticket) for ticket in position.get("left", ())]
     if position["data"]:
         mixture.restore(position["data"])
     extra = math.ceil(parts.config.rollout.over_sampling * stage.prompts) if served else 0
@@ -55,7 +60,15 @@ def prompts_ahead(stage: Stage, position: Mapping[str, Any], parts: Parts, sourc
     most = (stage.steps - position["done"]) * (stage.refill + 1) + bool(begun)
     most += math.ceil(extra * (parts.config.rollout.ahead + 1) / stage.prompts)
     chunks = source.ahead(prepare, range(first, first + most))
-    stream = PromptStream(chunks, stage.prompts, position["taken"], mixture.state())
+    stream = PromptStream(
+        chunks,
+        stage.prompts,
+        position["taken"],
+        mixture.state(),
+        index=share.index,
+        count=share.count,
+        again=again,
+    )
     return TailStream(stream, extra, served.may_continue, left) if served and extra else stream
 
 

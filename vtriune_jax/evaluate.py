@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vtriune_jax import hosts
 from vtriune_jax.assemble import Parts
 from vtriune_jax.data.feed import Skipped, feed, tell
 from vtriune_jax.data.packing import check_fits
@@ -27,10 +28,13 @@ class HeldOut:
     """Completions of the held-out samples, one each, and what the verifiers say of them."""
 
     groups: Sequence[Group]
+    """Of several processes each has those of its own samples."""
     verdicts: Sequence[Sequence[Verdict]]
+    numbers: Sequence[int]
+    """Of these samples among `parts.heldout`."""
 
     def means(self) -> dict[str, SourceMean]:
-        """The mean reward per data source."""
+        """The mean reward per data source, over all processes."""
         return per_source_means(self.groups, self.verdicts)
 
 
@@ -41,7 +45,8 @@ def evaluate(parts: Parts, params: Any, version: int) -> HeldOut:
 
     Boxes are judged at the fixed threshold `config.eval.iou_threshold`, not at the dynamic one of
     training, so that numbers before and after are of the same thing. Rows that are broken or do
-    not fit are left out, and told of, if `config.data.on_bad_row` is "skip".
+    not fit are left out, and told of, if `config.data.on_bad_row` is "skip". Of several processes
+    each has its share of every batch.
 
     Raises:
       UserError: a row cannot be used, or none of them.
@@ -52,7 +57,10 @@ def evaluate(parts: Parts, params: Any, version: int) -> HeldOut:
     if parts.served:
         parts.served.push(params, version)
     key = jax.random.key(parts.config.seed)
+    share, starts = hosts.share(), range(0, len(parts.heldout), keys.batch)
+    slots = range(keys.batch)[share.slice]
     groups: list[Group] = []
+    numbers: list[int] = []
     pending, skipped = [], []
 
     def make(sample: Sample) -> Prompt:
@@ -62,27 +70,43 @@ def evaluate(parts: Parts, params: Any, version: int) -> HeldOut:
 
     with feed(parts.config.data.threads, parts.config.data.on_bad_row) as source:
 
-        def prepare(start: int) -> tuple[int, list[Prompt], list[Skipped]]:
-            return start, *source.prompts(parts.heldout[start : start + keys.batch], make)
+        def prepare(start: int) -> list[Prompt | Skipped]:
+            return source.prompts(parts.heldout[start : start + keys.batch][share.slice], make)
 
-        for start, chunk, bad in source.ahead(prepare, range(0, len(parts.heldout), keys.batch)):
-            skipped += bad
-            if not chunk:
+        def any_prompt() -> Prompt:
+            """For a process all of whose rows are bad, while others have good ones."""
+            rows = (source.prompts([sample], make)[0] for sample in parts.heldout)
+            return next(row for row in rows if not isinstance(row, Skipped))
+
+        ahead = source.ahead(prepare, starts)
+        for start in starts:
+            with hosts.together():
+                rows = next(ahead)
+            good = {i: row for i, row in enumerate(rows) if not isinstance(row, Skipped)}
+            skipped += [row for row in rows if isinstance(row, Skipped)]
+            if not any(hosts.gather(len(good))):
                 continue
-            # A chunk that is not full gets repetitions: one shape, one compilation.
-            full = [chunk[i % len(chunk)] for i in range(keys.batch)]
-            each = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(keys.batch))
+            # Every slot gets a prompt, whether or not there is a row: one shape, one compilation.
+            spare = next(iter(good.values()), None) or any_prompt()
+            full = [good.get(i, spare) for i in range(len(slots))]
+            places = start + jnp.asarray(slots)
+            each = jax.vmap(lambda i: jax.random.fold_in(key, i))(places)
             features = None if parts.served else parts.encode(params, full)
-            answered = parts.engine.generate(
+            drawn = parts.engine.generate(
                 params, full, features, sampling, each, parts.slots.prompt_tokens
-            )[: len(chunk)]
+            )
+            answered = [drawn[i] for i in good]
             groups += answered
+            numbers += [start + slots[i] for i in good]
             asked = items(answered, parts, threshold=keys.iou_threshold)
             pending.append(parts.verifiers.submit(asked))
     tell(skipped, "held-out")
-    if skipped and not groups:
-        raise UserError(f"no held-out row can be used, the first because: {skipped[0].fault}")
-    return HeldOut(groups, [[verdict] for future in pending for verdict in future.result()])
+    first_faults = hosts.gather([row.fault for row in skipped[:1]])
+    faults = [fault for theirs in first_faults for fault in theirs]
+    if faults and not any(hosts.gather(len(groups))):
+        raise UserError(f"no held-out row can be used, the first because: {faults[0]}")
+    verdicts = [[verdict] for future in pending for verdict in future.result()]
+    return HeldOut(groups, verdicts, numbers)
 
 
 def items(
@@ -113,7 +137,6 @@ def save_means(path: Path, means: Mapping[str, SourceMean]) -> None:
 
 
 def read_means(path: Path) -> dict[str, SourceMean] | None:
-    """The means that `save_means` wrote, or None."""
-    if not path.exists():
-        return None
-    return {source: SourceMean(**mean) for source, mean in json.loads(path.read_text()).items()}
+    """The means that `save_means` wrote, as the first process finds them, or None."""
+    saved = hosts.from_first(lambda: json.loads(path.read_text()) if path.exists() else None)
+    return saved and {source: SourceMean(**mean) for source, mean in saved.items()}

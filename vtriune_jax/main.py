@@ -6,7 +6,16 @@
                       the same command continues what it finds there
 --help                show this text
 
-Exit status: 0 done, 2 a mistake in the input (one line says which), 130 interrupted.
+On several hosts the same command is started once on each; the workdir must be a folder that all of
+them see. On TPU pods, under Slurm, Open MPI and in indexed Jobs of Kubernetes (with jax[k8s]) the
+processes find each other by themselves, else by
+--coordinator=HOST:PORT  an address of the host of process 0, with a free port
+--processes=N            how many there are
+--process=I              which one this is, from 0
+--wait=SECONDS           for the others to come, at the start (300)
+
+Exit status: 0 done, 2 a mistake in the input (one line says which), 3 another process of the run is
+gone (the same commands continue), 130 interrupted.
 Compiled programs are kept in ~/.cache/vtriune_jax/jax (JAX_COMPILATION_CACHE_DIR overrides it).
 """
 
@@ -18,6 +27,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -28,6 +38,19 @@ from vtriune_jax.errors import UserError
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv` (without the program's name) and returns the exit status."""
+    status = 1
+    try:
+        status = _guarded(argv)
+    finally:
+        if status and "jax" in sys.modules:  # or nobody has been met yet
+            from vtriune_jax import hosts
+
+            hosts.leave(status)
+    return status
+
+
+def _guarded(argv: Sequence[str]) -> int:
+    """The same, as if there were no other processes."""
     try:
         options, overrides = parse(argv)
         if options.help:
@@ -37,9 +60,20 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         return _fail(str(error))
     except (OSError, RuntimeError, ValueError) as error:
-        if not disk_full(error):
+        if disk_full(error):
+            return _fail(
+                f"no space left on the disk ({error}); free some, the same command continues"
+            )
+        from vtriune_jax import hosts
+
+        if not hosts.is_lost(error):
             raise
-        return _fail(f"no space left on the disk ({error}); free some, the same command continues")
+        reason = str(error).splitlines()[0]
+        return _fail(
+            f"another process of this run is gone, see what it said last ({reason[:200]}); the "
+            "same command on all hosts continues from the last checkpoint",
+            status=3,
+        )
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
@@ -55,6 +89,10 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[tuple[str, str]]]
     options = flags.FlagValues()
     flags.DEFINE_string("config", None, "", flag_values=options)
     flags.DEFINE_string("workdir", None, "", flag_values=options)
+    flags.DEFINE_string("coordinator", None, "", flag_values=options)
+    flags.DEFINE_integer("processes", None, "", flag_values=options)
+    flags.DEFINE_integer("process", None, "", flag_values=options)
+    flags.DEFINE_integer("wait", 300, "", flag_values=options, lower_bound=1)
     flags.DEFINE_bool("help", False, "", flag_values=options, short_name="h")
     overrides, others = split_overrides(argv)
     fill(options, others, ("--config=configs/quickstart.py", "--workdir=runs/NAME"))
@@ -82,18 +120,35 @@ def train(options: flags.FlagValues, overrides: Sequence[tuple[str, str]]) -> No
     config = configs.load(options.config, overrides)
     import jax
 
+    from vtriune_jax import hosts
+
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+    hosts.join(options.coordinator, options.processes, options.process, options.wait)
     workdir = Path(options.workdir)
+    hosts.check_same("settings", _settings(config, jax.__version__))
+    hosts.from_first(lambda: _record(config, workdir))
+    hosts.check_shared(workdir)
+    from vtriune_jax.train import run
+
+    run(config, workdir)
+
+
+def _record(config: Any, workdir: Path) -> None:
     try:
         configs.record(config, workdir)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(
             f"--workdir={workdir} cannot be written: {error.strerror}; choose a folder of yours"
         ) from error
-    from vtriune_jax.train import run
 
-    run(config, workdir)
+
+def _settings(config: Any, version: str) -> dict[str, Any]:
+    """What must be the same for all processes of a run: not where their files and servers are."""
+    own = r"data\.(cache|threads)|verifiers\.(addresses|workers)"
+    flat = configs.flatten(config.to_dict())
+    found = {key: value for key, value in flat.items() if not re.fullmatch(own, key)}
+    return {**found, "the version of jax": version}
 
 
 def cache_folder() -> Path:
@@ -120,9 +175,9 @@ def _value(word: str, value: str | None, words: Iterator[str]) -> str:
     return value
 
 
-def _fail(text: str) -> int:
+def _fail(text: str, status: int = 2) -> int:
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
-    return 2
+    return status
 
 
 if __name__ == "__main__":

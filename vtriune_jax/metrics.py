@@ -11,11 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from vtriune_jax import hosts
 from vtriune_jax.rl.normalise import MAXIMA
 from vtriune_jax.types import Completion, Group, Verdict
 
@@ -89,8 +91,11 @@ def finish(
     seconds: Mapping[str, float],
     skipped: Sequence[str] = (),
     refill: Refill | None = None,
+    told: Mapping[str, tuple[float, float]] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """One step's metrics as plain floats.
+    """One step's metrics as plain floats, over all processes.
+
+    Of several processes each gives its own groups and rows; sums of the update are of all already.
 
     Args:
       sums: from the update; an array [sources] gives `<name>/<source>` and, added up, `<name>`
@@ -101,17 +106,16 @@ def finish(
       seconds: stage → wall time, reported as `time/<stage>`.
       skipped: the source of each row that was passed over because it is broken or does not fit.
       refill: of a step with dynamic sampling.
+      told: name → (sum, count) of what else there is to say.
     """
-    pairs: dict[str, list[float]] = {}
-    for name, total, count in (
-        *_update_pairs(sums, sources),
+    own = _added(
+        *((name, *pair) for name, pair in told.items()),
         *_group_pairs(groups, verdicts),
         *_event_pairs("skipped_rows", skipped),
         *(_refill_pairs(refill) if refill else ()),
-    ):
-        pair = pairs.setdefault(name, [0.0, 0.0])
-        pair[0] += total
-        pair[1] += count
+    )
+    everyone = [pair for theirs in hosts.gather(own) for pair in theirs]
+    pairs = {name: pair for name, *pair in _added(*_update_pairs(sums, sources), *everyone)}
     metrics = {
         name: total if name.split("/")[0] in COUNTED else total / count
         for name, (total, count) in sorted(pairs.items())
@@ -125,15 +129,19 @@ def per_source_means(
 ) -> dict[str, SourceMean]:
     """Mean reward per data source (by its own name), as an evaluation reports it.
 
-    Failed verifications are masked and counted, never taken for a reward of 0.
+    Failed verifications are masked and counted, never taken for a reward of 0. Groups are of all
+    processes together.
     """
     scores: dict[str, list[float]] = {}
     failed: dict[str, int] = {}
-    for group, judged in zip(groups, verdicts, strict=True):
-        source = group.prompt.sample.data_source
-        valid = [verdict.score for verdict in judged if verdict.status == "ok"]
+    rows = [
+        (group.prompt.sample.data_source, [v.score if v.status == "ok" else None for v in judged])
+        for group, judged in zip(groups, verdicts, strict=True)
+    ]
+    for source, found in (row for theirs in hosts.gather(rows) for row in theirs):
+        valid = [score for score in found if score is not None]
         scores.setdefault(source, []).extend(valid)
-        failed[source] = failed.get(source, 0) + len(judged) - len(valid)
+        failed[source] = failed.get(source, 0) + len(found) - len(valid)
     return {
         source: SourceMean(
             sum(values) / len(values) if values else None, len(values), failed[source]
@@ -168,6 +176,15 @@ def reflects(text: str) -> bool:
     return _REFLECTION.search(text) is not None
 
 
+def _added(*named: tuple[str, float, float]) -> list[tuple[str, float, float]]:
+    """One pair for every name."""
+    pairs: dict[str, tuple[float, float]] = {}
+    for name, total, count in named:
+        before = pairs.get(name, (0.0, 0.0))
+        pairs[name] = before[0] + total, before[1] + count
+    return [(name, *pair) for name, pair in pairs.items()]
+
+
 def _update_pairs(sums: Sums, sources: Sequence[str]) -> Iterator[tuple[str, float, float]]:
     for name, (total, count) in jax.device_get(dict(sums)).items():
         name = "skipped_steps" if name == "skipped" else name
@@ -200,8 +217,9 @@ def _event_pairs(name: str, sources: Sequence[str]) -> Iterator[tuple[str, float
 
 def _refill_pairs(refill: Refill) -> Iterator[tuple[str, float, float]]:
     yield from _event_pairs("dropped_groups", refill.dropped)
-    yield "refill_rounds", float(refill.rounds), 1.0
-    yield "missing_groups", float(refill.missing), 1.0
+    if hosts.is_first():  # the others know the same
+        yield "refill_rounds", float(refill.rounds), 1.0
+        yield "missing_groups", float(refill.missing), 1.0
 
 
 def _completion_values(completion: Completion, verdict: Verdict) -> Iterator[tuple[str, float]]:

@@ -64,7 +64,7 @@ def completion_logps(
         found = logps(params, batch)
         if jax.process_count() > 1:
             found = multihost_utils.process_allgather(found, tiled=True)
-        table = np.asarray(found).reshape(rows, -1)
+        table = np.asarray(found)[:, 0]
         return [table[i, : len(group.completions[0].ids)] for i, group in enumerate(groups)]
 
     return of

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -128,14 +130,58 @@ def rule(path: str) -> tuple[str | None, ...]:
 
 
 def shard_rows(tree: Any, mesh: Mesh) -> Any:
-    """Put this process's rows of a batch (NumPy leaves) on its devices, as part of the global one.
+    """Put this process's rows of a batch on its devices, as part of the global one.
 
+    What lies on devices of several processes is global already, and only moved to its place.
     UserError if the rows of all processes together do not divide by data × fsdp.
     """
-    rows = jax.tree.leaves(tree)[0].shape[0] * jax.process_count()
+    first = jax.tree.leaves(tree)[0]
+    rows = first.shape[0] * (1 if _is_global(first) else jax.process_count())
     check_rows(rows, mesh)
     sharding = NamedSharding(mesh, ROWS)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+
+    def place(x: Any) -> jax.Array:
+        if _is_global(x) or jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(place, tree)
+
+
+def local_rows(tree: Any, mesh: Mesh) -> Any:
+    """The inverse of `shard_rows`: this process's rows, as NumPy arrays."""
+
+    def fetch(x: jax.Array) -> np.ndarray:
+        if x.is_fully_addressable:
+            return np.asarray(x)
+        parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+    return jax.tree.map(fetch, jax.device_put(tree, NamedSharding(mesh, ROWS)))
+
+
+def check_hosts(mesh: Mesh) -> None:
+    """UserError unless every process has as many rows as the others, and none in common with them.
+
+    What is read, sampled and judged for a row is the business of one process.
+    """
+    owners = [
+        {device.process_index for device in devices}
+        for devices in mesh.devices.reshape(row_shards(mesh), -1)
+    ]
+    shape = " ".join(f"{axis}={mesh.shape[axis]}" for axis in AXES)
+    if any(len(owner) > 1 for owner in owners):
+        raise UserError(
+            f"mesh {shape} puts devices of several hosts in one group of `tensor`; choose a number "
+            f"that divides the {jax.local_device_count()} devices of a host, or more of `fsdp`"
+        )
+    counts = Counter(index for owner in owners for index in owner)
+    if len(set(counts.values())) > 1:
+        raise UserError(f"mesh {shape} gives the hosts different numbers of rows: {dict(counts)}")
+
+
+def _is_global(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
 def _name(path: tuple[Any, ...]) -> str:

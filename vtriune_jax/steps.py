@@ -13,10 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float
 
-from vtriune_jax import sharding
+from vtriune_jax import hosts, sharding
 from vtriune_jax.assemble import Parts
 from vtriune_jax.data.packing import pack, padding, split_batch
 from vtriune_jax.data.rows import KINDS, Needs, choose, needs
@@ -73,7 +72,8 @@ def compiled(stage: Stage, params: Any, parts: Parts) -> Compiled:
 
     def update(state: TrainState, batch: Batch, step: int) -> tuple[TrainState, Sums]:
         minibatches = [
-            annotate(state.params, part) for part in split_batch(batch, stage.minibatches)
+            annotate(state.params, sharding.shard_rows(part, parts.mesh))
+            for part in split_batch(batch, stage.minibatches)
         ]
         total: Sums = {}
         for k in stage.order(parts.config.seed, step):
@@ -117,13 +117,14 @@ def respond(
 ) -> list[Group]:
     """n completions of every prompt, or its demonstration.
 
-    What is random follows from the seed, the step of the run and the prompt's place in it, behind
-    the `drawn` prompts that the step has had before.
+    What is random follows from the seed, the step of the run and the prompt's place in it, which is
+    `drawn` for the first one; of several processes each has every n-th place.
     """
     if not stage.sampling:
         return [Group(prompt, (demonstration(prompt, parts),)) for prompt in prompts]
     key = jax.random.fold_in(jax.random.key(parts.config.seed), stage.start + step)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(drawn + jnp.arange(len(prompts)))
+    places = drawn + hosts.share().count * jnp.arange(len(prompts))
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(places)
     slot = parts.slots.prompt_tokens
     return parts.engine.generate(params, prompts, features, stage.sampling, keys, slot)
 
@@ -177,15 +178,20 @@ def advantages(
 ) -> tuple[Float[np.ndarray, "groups n"], Float[np.ndarray, "groups n"]]:
     """Advantages and weights [groups, n]: a failed verification is masked, never a reward of 0.
 
-    So is a group that is not `used`.
+    So is a group that is not `used`. What is compared over the batch is so over all processes.
     """
     if not verdicts:
         ones = np.ones((len(groups), len(groups[0].completions)), np.float32)
         return ones, ones
     scores = np.array([[verdict.score for verdict in judged] for judged in verdicts])
     valid = np.array([[verdict.status == "ok" for verdict in judged] for judged in verdicts])
-    values, weights, _ = group_advantages(scores, valid & used[:, None], stage.advantage)
-    return values, weights
+    valid &= used[:, None]
+    both = hosts.gather([scores.tolist(), valid.tolist()])
+    before = sum(len(theirs) for theirs, _ in both[: hosts.share().index])
+    scores, valid = (np.concatenate(each) for each in zip(*both, strict=True))
+    values, weights, _ = group_advantages(scores, valid, stage.advantage)
+    own = slice(before, before + len(verdicts))
+    return values[own], weights[own]
 
 
 def lay_out(
@@ -223,8 +229,5 @@ def lay_out(
 
 def _agreed(needs: Needs) -> Needs:
     """What the rows of all processes must satisfy: they are of one shape."""
-    if jax.process_count() == 1:
-        return needs
-    mine = np.array([needs.longest, -needs.together])
-    longest, together = np.max(multihost_utils.process_allgather(mine), axis=0)
-    return Needs(int(longest), -int(together))
+    longest, together = zip(*hosts.gather([needs.longest, needs.together]), strict=True)
+    return Needs(max(longest), min(together))

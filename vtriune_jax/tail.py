@@ -71,6 +71,14 @@ class TailStream:
             self._left.append((group.prompt, self._tickets.pop(id(group.prompt))))
         return list(result.groups)
 
+    def place(self) -> int:
+        """As `PromptStream.place`, for a process without others."""
+        return 0
+
+    def maker(self, count: int) -> Callable[[int], Prompt]:
+        """As `PromptStream.maker`."""
+        return self._stream.maker(count)
+
     def give_back(self, count: int) -> None:
         """As `PromptStream.give_back`, which wants dynamic sampling, which has no tail."""
         self._stream.give_back(count)

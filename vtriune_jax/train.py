@@ -5,13 +5,14 @@ data → prompts → rollout → verifiers → advantages → update → metrics
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vtriune_jax import metrics
+from vtriune_jax import hosts, metrics, sharding
 from vtriune_jax.ahead import Ahead, Drawn
 from vtriune_jax.assemble import Parts, assemble
 from vtriune_jax.checkpoint import Checkpointer
@@ -40,7 +41,8 @@ def run(config: Any, workdir: Path) -> None:
     Raises:
       UserError: a mistake in config, checkpoint or data, in one line.
     """
-    with assemble(config, workdir) as parts, MetricsWriter(workdir) as writer:
+    with assemble(config, workdir) as parts, contextlib.ExitStack() as stack:
+        writer = stack.enter_context(MetricsWriter(workdir)) if hosts.is_first() else None
         stages = plan(config, parts.prompter.banned_ids)
         params, before, seconds = parts.params, {}, 0.0
         for stage in stages:
@@ -54,18 +56,21 @@ def run(config: Any, workdir: Path) -> None:
 
 
 def train(
-    stage: Stage, params: Any, parts: Parts, writer: MetricsWriter, workdir: Path
+    stage: Stage, params: Any, parts: Parts, writer: MetricsWriter | None, workdir: Path
 ) -> tuple[Any, float]:
-    """Trains one stage to its end; returns the parameters and the seconds that it took in all."""
+    """Trains one stage to its end; returns the parameters and the seconds that it took in all.
+
+    Only the first process has a `writer`, and tells of progress.
+    """
     config = parts.config
     do = compiled(stage, params, parts)
     state, position, ready = do.state, START, []
     progress = Progress(workdir, every=config.log.seconds)
-    folder = workdir / "checkpoints" / stage.name
+    folder, index = workdir / "checkpoints" / stage.name, hosts.share().index
     with (
         Checkpointer(folder, config.checkpoint.every, config.checkpoint.keep) as checkpoints,
         feed(config.data.threads, config.data.on_bad_row) as source,
-        Timeline(workdir / "timeline.json") as timeline,
+        Timeline(workdir / ("timeline.json" if writer else f"timeline{index}.json")) as timeline,
     ):
         if restored := checkpoints.restore(kept(state)):
             state = replace(
@@ -74,7 +79,7 @@ def train(
             position = restored.extra
             ready = from_arrays(restored.waiting, parts.prompter.decode)
         done, seconds = position["done"], position["seconds"]
-        if done < stage.steps:
+        if writer and done < stage.steps:
             writer.resume(stage.start + done)
         began = time.monotonic() - seconds
         prompts = prompts_ahead(stage, position, parts, source)
@@ -113,16 +118,18 @@ def train(
                     with clock("sync"):
                         pushed = parts.served.push(state.params, stage.start + step + 1)
                 record = metrics.finish(
-                    sums | told,
+                    sums,
                     got.all_groups if got.all_verdicts else [],
                     got.all_verdicts,
                     parts.sources,
                     clock.seconds,
                     [row.data_source for row in got.skipped],
                     got.refill,
+                    told,
                 )
-                writer.write(stage.start + step, record | pushed, stage.name)
-                progress(stage.name, step + 1, stage.steps, record)
+                if writer:
+                    writer.write(stage.start + step, record | pushed, stage.name)
+                    progress(stage.name, step + 1, stage.steps, record)
             if done < stage.steps:
                 save(stage.steps)
                 seconds = time.monotonic() - began
@@ -141,6 +148,8 @@ def packed(
         features = got.features
         if features is None:
             features = do.encode(params, [group.prompt for group in got.groups])
+        if hosts.share().count > 1:  # rows of this process are made of its own groups
+            features = sharding.local_rows(features, parts.mesh)
     values, weights = advantages(stage, got.groups, got.verdicts, got.used)
     return lay_out(stage, got.groups, values, weights, features, parts)
 
@@ -156,5 +165,6 @@ def heldout_before(parts: Parts, params: Any, version: int, workdir: Path) -> di
     means = read_means(path)
     if means is None:
         means = evaluate(parts, params, version).means()
-        save_means(path, means)
+        if hosts.is_first():
+            save_means(path, means)
     return means

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.data.conftest import make_sample
 from vtriune_jax.data import feed as module
-from vtriune_jax.data.feed import feed, tell
+from vtriune_jax.data.feed import Skipped, feed, tell
 from vtriune_jax.data.mixture import Mixture
 from vtriune_jax.errors import UserError
 
@@ -50,9 +50,7 @@ def mixture(seed=5):
 def test_prompts_come_in_order(threads):
     samples = Rows("a", 40)
     with feed(threads, "error") as source:
-        prompts, skipped = source.prompts(samples, make)
-    assert prompts == [sample.id for sample in samples]
-    assert skipped == []
+        assert source.prompts(samples, make) == [sample.id for sample in samples]
 
 
 def test_the_first_bad_sample_is_the_error():
@@ -66,12 +64,9 @@ def test_the_first_bad_sample_is_the_error():
 
 def test_bad_samples_are_left_out_and_told_of(capsys):
     with feed(4, "skip") as source:
-        prompts, skipped = source.prompts(Rows("a", 6, bad={1, 4}), make)
-    assert prompts == ["a0", "a2", "a3", "a5"]
-    assert [(row.data_source, row.fault) for row in skipped] == [
-        ("a", "a1! is broken"),
-        ("a", "a4! is broken"),
-    ]
+        found = source.prompts(Rows("a", 6, bad={1, 4}), make)
+    skipped = [Skipped("a", "a1! is broken"), Skipped("a", "a4! is broken")]
+    assert found == ["a0", skipped[0], "a2", "a3", skipped[1], "a5"]
     tell(skipped, "held-out")
     tell([], "held-out")
     assert capsys.readouterr().out == "held-out: bad rows skipped: 2, the first: a1! is broken\n"
@@ -82,14 +77,36 @@ def test_bad_samples_are_left_out_and_told_of(capsys):
 def test_draws_are_full_and_the_same_for_any_threads(threads, counts):
     one, other = mixture(), mixture()
     with feed(1, "skip") as single, feed(threads, "skip") as several:
-        for count in counts:
-            prompts, skipped = several.draw(other, count, make)
-            assert (prompts, skipped) == single.draw(one, count, make)
+        for number, count in enumerate(counts):
+            prompts, skipped = several.draw(other, count, make, number)
+            assert (prompts, skipped) == single.draw(one, count, make, number)
             assert len(prompts) == count
             assert not any(prompt.endswith("!") for prompt in prompts)
             assert one.state() == other.state()
     drawn = sum(n for key, n in other.state().items() if key.startswith("drawn/"))
-    assert drawn >= sum(counts)
+    assert drawn == sum(counts)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_the_shares_of_several_processes_make_the_draw_of_one(processes):
+    """Though each skips bad rows of its own, and stands where the others stand in the data."""
+    whole, parts = mixture(), [mixture() for _ in range(processes)]
+    total = 0
+    with feed(2, "skip") as source:
+        for number in range(5):
+            prompts, skipped = source.draw(whole, 12, make, number)
+            shares = [
+                source.draw(part, 12, make, number, slice(index, None, processes))
+                for index, part in enumerate(parts)
+            ]
+            for index, (own, _) in enumerate(shares):
+                assert own == prompts[index::processes]
+            assert sorted(row.fault for _, bad in shares for row in bad) == sorted(
+                row.fault for row in skipped
+            )
+            assert all(part.state() == whole.state() for part in parts)
+            total += len(skipped)
+    assert total
 
 
 @pytest.mark.parametrize("cut", [1, 3, 5])
@@ -98,7 +115,7 @@ def test_resume_equals_uninterrupted(cut):
         with feed(3, "skip") as source:
 
             def prepare(step):
-                return *source.draw(stream, 6, make), stream.state()
+                return *source.draw(stream, 6, make, step), stream.state()
 
             return list(source.ahead(prepare, numbers))
 
@@ -115,8 +132,9 @@ def test_a_mixture_without_good_rows_is_an_error(monkeypatch):
     with feed(2, "skip") as source:
         with pytest.raises(UserError, match=r"none of 5\d rows in succession can .* is broken"):
             source.draw(broken, 7, make)
-        mostly = Mixture([(Rows("a", 40, bad=range(39)), 1.0)], seed=0)
-        assert source.draw(mostly, 3, make)[0] == ["a39"] * 3
+        monkeypatch.setattr(module, "GIVE_UP", 500)
+        mostly = Mixture([(Rows("a", 10, bad=range(9)), 1.0)], seed=0)
+        assert source.draw(mostly, 3, make)[0] == ["a9"] * 3
 
 
 def test_one_ahead_and_none_beyond_the_end():

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -66,3 +67,33 @@ def test_any_number_can_be_taken_and_each_prompt_has_a_ticket():
     assert stream.tickets(0) == []
     assert numbers(stream.take()[0]) == [6, 7, 8, 9]
     assert stream.position() == {"taken": 10, "data": {"drawn": 2}}
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_take_what_one_takes(count):
+    """Wherever a step begins: each has the prompts of its remainder, and knows which they are."""
+
+    def share(index):
+        for chunk in chunks():
+            yield replace(chunk, prompts=chunk.prompts[index::count])
+
+    whole = PromptStream(chunks(), SIZE)
+    parts = [PromptStream(share(index), SIZE, index=index, count=count) for index in range(count)]
+    for back in (0, 3, 0, 5, 2, 0):
+        prompts, _ = whole.take()
+        for index, part in enumerate(parts):
+            taken, _ = part.take()
+            assert taken == prompts[part.place() :: count]
+            assert {prompt.number % count for prompt in taken} == {index}
+        for stream in (whole, *parts):
+            stream.give_back(back)
+        assert all(part.position() == whole.position() for part in parts)
+
+
+def test_any_prompt_of_a_step_can_be_made_again_by_any_process():
+    stream = PromptStream(chunks(), SIZE, index=1, count=2, again=lambda ticket: ticket)
+    stream.take()
+    stream.take()
+    make = stream.maker(2 * SIZE)
+    assert make(1) == {"number": 1, "data": {"drawn": 0}}
+    assert make(6) == {"number": 6, "data": {"drawn": 1}}

@@ -4,10 +4,14 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 PYTHONPATH=tests/rl python up
 """
 
 import json
+import re
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tests.rl.tiny_groups import GRIDS, SLOTS, SOURCES, make_group
 from tests.rl.tiny_update import CONFIG, SFT, build, make_batch
@@ -15,6 +19,7 @@ from vtriune_jax import sharding
 from vtriune_jax.data.packing import pack
 from vtriune_jax.data.rows import choose, needs
 from vtriune_jax.models import LoRAConfig, lora
+from vtriune_jax.rl.logprobs import token_logps
 from vtriune_jax.rl.losses import LossConfig
 
 LORA = replace(CONFIG, lora=LoRAConfig(rank=4, alpha=8.0))
@@ -99,6 +104,29 @@ def rows_report():
     return report
 
 
+def arrays_of_logits(vocab=96, rows=4, tokens=12):
+    """Shapes [.., vocab or its part] on a device of (data=2, tensor=4), in chunks of two tokens."""
+    mesh = sharding.make_mesh(2, 1, 4)
+    by_rows, by_vocab = NamedSharding(mesh, sharding.ROWS), NamedSharding(mesh, P(None, "tensor"))
+
+    def loss(hidden, head, targets):
+        logps, entropy = token_logps(
+            hidden, head, targets, max_logits=2 * rows * vocab, entropy_gradient=True
+        )
+        return (logps + entropy).sum()
+
+    gradient = jax.jit(
+        jax.grad(loss, (0, 1)),
+        in_shardings=(by_rows, by_vocab, by_rows),
+        out_shardings=(by_rows, by_vocab),
+    )
+    shapes = (rows, tokens, 8), (8, vocab), (rows, tokens)
+    types = jnp.float32, jnp.float32, jnp.int32
+    arguments = map(jax.ShapeDtypeStruct, shapes, types)
+    text = gradient.lower(*arguments).compile().as_text()
+    return sorted(set(re.findall(rf"f32\[[\d,]*\b(?:{vocab}|{vocab // 4})\]", text)))
+
+
 def main() -> None:
     """Compare every layout with the first."""
     report = rows_report()
@@ -120,7 +148,7 @@ def main() -> None:
                 "kept": kept,
                 "cut": cut,
             }
-    print(json.dumps(report))
+    print(json.dumps({"updates": report, "logits": arrays_of_logits()}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def report():
+def printed():
     """Eight devices need their own process: their number is fixed when jax starts."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -29,6 +29,11 @@ def report():
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def report(printed):
+    return printed["updates"]
 
 
 def test_loss_and_state_are_those_of_one_device(report):
@@ -48,3 +53,10 @@ def test_parameters_are_really_cut(report):
     cut = {name: entry["cut"] for name, entry in report.items()}
     assert cut["grpo: one device"] == cut["grpo: 8,1,1"] == 0
     assert min(cut["grpo: 1,8,1"], cut["grpo: 2,2,2"]) >= 10
+
+
+def test_a_device_has_the_logits_of_its_part_of_the_vocabulary_and_of_a_chunk(printed):
+    """96 tokens over four devices; 4 rows over two, two tokens at a time."""
+    assert "f32[2,2,24]" in printed["logits"]
+    assert not [shape for shape in printed["logits"] if shape.endswith("96]")]
+    assert not [shape for shape in printed["logits"] if shape.startswith(("f32[2,12,", "f32[6,2,"))]

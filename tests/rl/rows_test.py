@@ -4,6 +4,7 @@ import functools
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -29,13 +30,24 @@ REMEMBER = optax.chain(optax.trace(decay=0.0), optax.scale(0.0))
 """An optimizer that only keeps the gradient."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Compiling is what takes the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @functools.cache
 def updating(loss, freeze, micro_batches):
     graphdef, params = tiny_update.model()
     mesh = sharding.make_mesh()
-    fresh = functools.partial(init_state, params, REMEMBER, mesh, freeze)
+    state = init_state(params, REMEMBER, mesh, freeze)
+    copy = jax.tree.map(np.array, state)
     keys = {"num_sources": len(SOURCES), "freeze": freeze, "micro_batches": micro_batches}
-    return make_update(graphdef, REMEMBER, loss, mesh, fresh(), **keys), fresh
+    update = make_update(graphdef, REMEMBER, loss, mesh, state, **keys)
+    return update, lambda: jax.tree.map(jnp.array, copy)
 
 
 def gradient(batch, loss, freeze, micro_batches):
@@ -63,9 +75,18 @@ def batches(groups, advantages, weights, vision_trained=False, unit=1):
 
 
 def assert_equal(got, want):
-    """By the norm of each array, as close as float32 sums in another order come."""
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert np.linalg.norm(np.subtract(a, b)) <= 1e-6 * max(np.linalg.norm(b), 1e-3)
+    """As close as float32 sums in another order come (seen: 7e-7 of the gradient). Parts of the
+    gradient may be mere rounding, as of keys' biases, and sums may cancel."""
+    whole = optax.tree.norm(want[0])
+    errors = jax.tree.map(lambda a, b: np.linalg.norm(a - b), got[0], want[0])
+    assert optax.tree.norm(errors) <= 2e-6 * whole
+    for error, leaf in zip(jax.tree.leaves(errors), jax.tree.leaves(want[0]), strict=True):
+        assert error <= 2e-6 * max(np.linalg.norm(leaf), 0.1 * whole)
+    assert got[1].keys() == want[1].keys()
+    for name, (total, count) in got[1].items():
+        near = {"rtol": 2e-6, "atol": 1e-6 * np.max(count), "err_msg": name}
+        np.testing.assert_allclose(total, want[1][name][0], **near)
+        np.testing.assert_array_equal(count, want[1][name][1], err_msg=name)
 
 
 @st.composite
@@ -83,6 +104,7 @@ def drawn(draw, n):
         )
         for _ in range(GROUPS)
     ]
+    groups[0] = make_group(rng, 1, (), [COMPLETION] * n)  # one slot, so fewer shapes to compile
     weights = (rng.random((GROUPS, n)) < 0.8).astype(np.float32)
     weights[0, 0] = 1.0
     return groups, rng.normal(size=(GROUPS, n)).astype(np.float32), weights
@@ -94,7 +116,7 @@ def drawn(draw, n):
 def test_gradients_do_not_depend_on_the_rows(loss, n, micro_batches):
     kinds = set()
 
-    @settings(max_examples=12, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=6, deadline=None, database=None, derandomize=True)
     @given(drawn(n))
     def check(case):
         (_, single), *others = batches(*case, unit=micro_batches)

@@ -7,7 +7,8 @@ from vtriune_jax.data.rows import Slots
 from vtriune_jax.models import layout
 from vtriune_jax.types import Completion, Group, Prompt, RewardConfig, Sample
 
-SLOTS = Slots(PROMPT, COMPLETION, windows=2, pad_id=0)
+SLOTS = Slots(2 * PROMPT, COMPLETION, windows=2, pad_id=0)
+"""Room for two sequences in a packed row, most of the time."""
 SOURCES = {"a": 0, "b": 1, "c": 2}
 GRIDS = ((), ((2, 2),), ((4, 4),), ((2, 4), (2, 2)))
 """Rows and columns of patches of a prompt's images; four patches are a token."""

@@ -121,10 +121,10 @@ def test_the_server_resizes_pictures_in_its_own_way(
 ):
     """Why rollouts send pictures that have been resized already: log-probs differ otherwise."""
     (address,) = real_server.addresses
-    body = request(prompts["odd"], served_versions[0].config.banned_ids, max_new_tokens=1)
-    _, (logp,), meta = generated(address, body)
+    body = request(prompts["odd"], served_versions[0].config.banned_ids)
+    _, logps, meta = generated(address, body)
     assert meta["prompt_tokens"] == len(prompts["odd"].ids)
-    assert abs(logp - expected[0]["odd"].logps[0]) > 1e-6
+    assert np.abs(logps - expected[0]["odd"].logps).max() > 1e-3
 
 
 def test_a_disk_update_changes_the_answers_and_the_version(

@@ -49,42 +49,49 @@ class Feed:
         if begun:
             yield begun.result()
 
-    def prompts(self, samples: Iterable[Sample], make: Make) -> tuple[list[Prompt], list[Skipped]]:
-        """The prompts of the good samples, in order, and the bad ones.
+    def prompts(self, samples: Iterable[Sample], make: Make) -> list[Prompt | Skipped]:
+        """The prompt of every sample, in order, or what is wrong with it.
 
         Raises the UserError of the first bad sample if bad ones are not to be skipped.
         """
         begun = [(sample, self.makers.submit(make, sample)) for sample in samples]
-        prompts: list[Prompt] = []
-        skipped: list[Skipped] = []
+        found: list[Prompt | Skipped] = []
         for sample, future in begun:
             try:
-                prompts.append(future.result())
+                found.append(future.result())
             except UserError as fault:
                 if self.on_bad_row == "error":
                     raise
-                skipped.append(Skipped(sample.data_source, str(fault)))
-        return prompts, skipped
+                found.append(Skipped(sample.data_source, str(fault)))
+        return found
 
-    def draw(self, mixture: Mixture, count: int, make: Make) -> tuple[list[Prompt], list[Skipped]]:
-        """`count` prompts; for every bad row the mixture gives another one.
+    def draw(
+        self, mixture: Mixture, count: int, make: Make, number: int = 0, mine: slice = slice(None)
+    ) -> tuple[list[Prompt], list[Skipped]]:
+        """Those of the next `count` prompts that are `mine`, and the bad rows on the way.
 
-        Raises UserError when that does not end (`GIVE_UP`).
+        For every bad row another one is drawn, by the `number` of this draw and the row's place in
+        it, so that no process need know of the bad rows of another. Raises UserError when that does
+        not end (`GIVE_UP`).
         """
-        prompts: list[Prompt] = []
+        waiting = dict(zip(range(count)[mine], mixture.take(count, mine), strict=True))
+        found: dict[int, Prompt] = {}
         skipped: list[Skipped] = []
-        barren = 0
-        while missing := count - len(prompts):
-            good, bad = self.prompts(mixture.take(missing), make)
-            prompts += good
-            skipped += bad
-            barren = 0 if good else barren + len(bad)
+        barren = attempt = 0
+        while waiting:
+            made = dict(zip(waiting, self.prompts(waiting.values(), make), strict=True))
+            bad = {place: row for place, row in made.items() if isinstance(row, Skipped)}
+            skipped += bad.values()
+            barren = barren + len(bad) if len(bad) == len(made) else 0
             if barren >= GIVE_UP:
                 raise UserError(
                     f"none of {barren} rows in succession can be used, the last one because: "
-                    f"{bad[-1].fault}"
+                    f"{skipped[-1].fault}"
                 )
-        return prompts, skipped
+            found |= {p: row for p, row in made.items() if not isinstance(row, Skipped)}
+            waiting = {place: mixture.substitute(number, place, attempt) for place in bad}
+            attempt += 1
+        return [found[place] for place in sorted(found)], skipped
 
 
 @contextlib.contextmanager

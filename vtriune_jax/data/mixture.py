@@ -40,9 +40,20 @@ class Mixture:
         self._drawn = np.zeros(len(sources), np.int64)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
-    def take(self, count: int) -> list[Sample]:
-        """The next `count` samples."""
-        return [self._next() for _ in range(count)]
+    def take(self, count: int, mine: slice = slice(None)) -> list[Sample]:
+        """The next `count` samples; those of them that are `mine` are read and returned."""
+        rows = [self._next() for _ in range(count)]
+        return [source[row] for source, row in rows[mine]]
+
+    def substitute(self, *place: int) -> Sample:
+        """A sample for one that cannot be used, drawn at random.
+
+        It follows from the seed and the numbers of its place alone, and leaves the order of the
+        others as it is: that of a run over several processes, each of which sees its own bad rows.
+        """
+        rng = np.random.default_rng([self._seed, len(self._sources), *place])
+        source = self._sources[rng.choice(len(self._sources), p=self._shares)]
+        return source[int(rng.integers(len(source)))]
 
     def state(self) -> dict[str, int]:
         """How often each source was drawn from, and its size; JSON-able, for `restore`."""
@@ -67,13 +78,13 @@ class Mixture:
         self._drawn[:] = [state[f"drawn/{source.name}"] for source in self._sources]
         return self
 
-    def _next(self) -> Sample:
+    def _next(self) -> tuple[Source, int]:
         behind = self._shares * (self._drawn.sum() + 1) - self._drawn
         index = int(np.argmax(behind))
         source = self._sources[index]
         epoch, place = divmod(int(self._drawn[index]), len(source))
         self._drawn[index] += 1
-        return source[self._order(index, epoch)[place]]
+        return source, int(self._order(index, epoch)[place])
 
     def _order(self, index: int, epoch: int) -> np.ndarray:
         if self._orders.get(index, (-1, None))[0] != epoch:

@@ -169,7 +169,8 @@ def _images(
 ) -> dict[str, Any]:
     """The images of each prompt of each row, as patches or as features."""
     if features is not None:
-        return {"features": jnp.take(features, jnp.asarray(prompt_of), axis=0)}
+        take = jnp.take if isinstance(features, jax.Array) else np.take
+        return {"features": take(features, prompt_of, axis=0)}
     vision = stack_vision([groups[g].prompt for g in prompt_of.reshape(-1)], slots)
     return {"vision": jax.tree.map(lambda x: x.reshape(*prompt_of.shape, *x.shape[1:]), vision)}
 

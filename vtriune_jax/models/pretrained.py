@@ -102,9 +102,7 @@ def save_params(
     """
     check_param_dtype(param_dtype)
     folder = Path(path)
-    shapes = {name: leaf.shape for name, leaf in weights.flatten(abstract(config)[1]).items()}
-    fetch = merging(fetch, shapes, config)
-    shapes = {name: shape for name, shape in shapes.items() if not is_adapter(name)}
+    shapes, fetch = _merged(config, fetch)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
@@ -130,6 +128,16 @@ def save_params(
         ) from None
 
 
+def give_params(
+    config: ModelConfig, fetch: Callable[[str], jax.Array], *, param_dtype: str = "float32"
+) -> None:
+    """Takes part in another process's `save_params`, of parameters that lie on both."""
+    shapes, fetch = _merged(config, fetch)
+    wanted = writing.parts(shapes, config.vision.patch_shape)
+    nowhere = {part.entry.key: "" for part in wanted}
+    writing.write_files(Path(), wanted, nowhere, (), fetch, jnp.dtype(param_dtype))
+
+
 def config_text(config: ModelConfig, param_dtype: str) -> str:
     """The `config.json` of a folder whose files have parameters of this dtype."""
     hf = config.to_hf_dict()
@@ -141,3 +149,12 @@ def check_param_dtype(name: str) -> None:
     """UserError unless parameters can have this dtype."""
     if name not in PARAM_DTYPES:
         raise UserError(f"dtype={name!r} is unknown; choose {' or '.join(map(repr, PARAM_DTYPES))}")
+
+
+def _merged(
+    config: ModelConfig, fetch: Callable[[str], jax.Array]
+) -> tuple[dict[str, tuple[int, ...]], Callable[[str], jax.Array]]:
+    """The shapes of a model's parameters without adapters, and what gives each with its adapter."""
+    shapes = {name: leaf.shape for name, leaf in weights.flatten(abstract(config)[1]).items()}
+    fetch = merging(fetch, shapes, config)
+    return {name: shape for name, shape in shapes.items() if not is_adapter(name)}, fetch

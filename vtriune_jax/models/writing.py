@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from vtriune_jax.models import files
 from vtriune_jax.models.weights import INDEX, SINGLE, Entry, entries, own_shape
@@ -188,12 +188,19 @@ def _on_devices(
     wanted: Sequence[Part], fetch: Fetch, dtype: np.dtype, whole: Sharding | None
 ) -> Iterator[tuple[Part, jax.Array]]:
     """The tensors as the files have them, one after the other, on their way."""
-    take = _taker(whole)
     for path, group in itertools.groupby(wanted, key=lambda part: part.entry.path):
         param = fetch(path)
+        take = _taker(whole or _everywhere(param))
         for part in group:
             stack = param[None] if part.entry.layer is None else param
             yield part, take(stack, part.entry.layer or 0, part.entry.transform, part.shape, dtype)
+
+
+def _everywhere(param: jax.Array) -> Sharding | None:
+    """Where every process has a whole tensor of a parameter that lies on several."""
+    if param.is_fully_addressable or not isinstance(param.sharding, NamedSharding):
+        return None
+    return NamedSharding(param.sharding.mesh, PartitionSpec())
 
 
 def _one_ahead(arrays: Iterator[Item]) -> Iterator[Item]:

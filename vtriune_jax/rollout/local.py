@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from vtriune_jax import sharding
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import KV, Qwen2_5_VL, merge
 from vtriune_jax.rollout.choice import Sampling, next_token
@@ -33,14 +35,17 @@ class LocalEngine:
         banned_ids: Sequence[int],
         pad_id: int,
         decode_text: Callable[[Sequence[int]], str],
+        mesh: Mesh | None = None,
     ):
         """Take the model's structure, the ids that end or never enter a completion, and a decoder.
 
         `decode_text` makes the text for the verifiers; it is given the ids without the stop token.
+        Rows are spread over the devices of a `mesh`, those of each process over its own.
         """
         self._graphdef = graphdef
         self._ids = Ids(tuple(stop_ids), tuple(banned_ids), pad_id)
         self._decode_text = decode_text
+        self._mesh = mesh
 
     def generate(
         self,
@@ -54,14 +59,18 @@ class LocalEngine:
         """Draw `sampling.n` completions of every prompt.
 
         Prompts are padded on the left to `prompt_tokens`; `features` are their encoded images, row
-        by row (None: text only). Compiles once per (groups, units, prompt_tokens, sampling). A
-        completion depends on its prompt's key, its number and the prompt, not on the others.
-        Raises UserError when a prompt is longer than `prompt_tokens`.
+        by row (None: text only). Of several processes each gives its own prompts and keys and gets
+        their completions; the features are of the prompts of all. Compiles once per (groups, units,
+        prompt_tokens, sampling). A completion depends on its prompt's key, its number and the
+        prompt, not on the others. Raises UserError when a prompt is longer than `prompt_tokens`.
         """
         padded = pad_prompts(prompts, self._ids.pad, prompt_tokens)
-        drawn = jax.device_get(
-            sample(self._graphdef, self._ids, sampling, params, padded, features, keys)
-        )
+        if self._mesh:
+            data = np.asarray(jax.random.key_data(keys))
+            padded, data = sharding.shard_rows((padded, data), self._mesh)
+            keys = jax.random.wrap_key_data(data)
+        drawn = sample(self._graphdef, self._ids, sampling, params, padded, features, keys)
+        drawn = sharding.local_rows(drawn, self._mesh) if self._mesh else jax.device_get(drawn)
         return [
             Group(prompt, tuple(self._completion(drawn, group, i) for i in range(sampling.n)))
             for group, prompt in enumerate(prompts)

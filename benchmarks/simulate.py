@@ -1,0 +1,209 @@
+"""Is the simulation right? python benchmarks/simulate.py [--ahead=0,1] [--addresses=FILE]
+
+Runs the training loop in miniature, with the real client, `Ahead` and timeline, on a fleet: that of
+--addresses, or two fake servers that are started here, whose tokens take 20 ms. Update, writing and
+reading of weights are sleeps, in the last of which the servers are paused as in a weight update;
+the verifiers are threads that sleep. The speed of one server is measured first, at several numbers
+of completions in flight; the simulation is given that and the lengths, and its steps are compared.
+
+--banned: ids that end a completion, so that these have the lengths that they should.
+"""
+
+import argparse
+import contextlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from tests.rollout.fake_sglang import FakeServer
+from tests.rollout.made_up import STOP, make_prompt
+from vtriune_jax.ahead import Ahead
+from vtriune_jax.rollout.choice import Sampling
+from vtriune_jax.rollout.fleet import Fleet
+from vtriune_jax.rollout.sglang import SGLangEngine
+from vtriune_jax.rollout.simulation.run import Scenario, simulate, steady
+from vtriune_jax.rollout.simulation.speeds import Speeds
+from vtriune_jax.timeline import Timeline
+
+PROMPTS, SAMPLES, STEPS, CAPACITY = 12, 4, 8, 16
+VERIFY, WORKERS, PUBLISH, LOAD = 0.02, 4, 0.3, 0.2
+PARTS = ("rollout", "verify", "wait", "update", "sync")
+
+
+class Prompts:
+    """In order, a step's at a time; their numbers count on."""
+
+    def __init__(self):
+        self._next = 0
+
+    def position(self):
+        return {}
+
+    def take(self):
+        first, self._next = self._next, self._next + PROMPTS
+        return list(range(first, self._next)), []
+
+
+def sample(engine, numbers, lengths, n=SAMPLES):
+    """Waits for n completions of every prompt, all of its length."""
+    futures = [
+        engine.submit([make_prompt(k)], Sampling(max_tokens=int(lengths[k]), n=n)) for k in numbers
+    ]
+    return [future.result().groups[0] for future in futures]
+
+
+def measured(engine, servers, short=10, long=50):
+    """((in flight, tokens per second), …) of a server, and its seconds to take in a prompt.
+
+    All servers work at once, as in the loop. What does not grow with the tokens is the prompts'.
+    """
+    found, own = [], 0.0
+    for prompts, n in ((1, 1), (1, SAMPLES), (2, SAMPLES), (CAPACITY // SAMPLES, SAMPLES)):
+        seconds = []
+        for tokens in (short, long):
+            lengths = np.full(prompts * servers, tokens)
+            start = time.monotonic()
+            sample(engine, range(prompts * servers), lengths, n)
+            seconds.append(time.monotonic() - start)
+        token = (seconds[1] - seconds[0]) / (long - short)
+        own = max(seconds[0] - short * token, 1e-6) / prompts
+        found.append((prompts * n, prompts * n / token))
+    return tuple(found), own
+
+
+def loop(engine, fleet, lengths, update, ahead, folder):
+    """Seconds of each step, and of each of its parts."""
+
+    def collect(step, params, first, clock):
+        with clock("rollout"):
+            groups = sample(engine, first[0], lengths)
+        with clock("verify"):
+            list(verifiers.map(time.sleep, [VERIFY] * (len(groups) * SAMPLES)))
+        return groups
+
+    def tell(path, body):
+        for server in fleet.servers():
+            fleet.run(fleet.post(server, path, body)).result()
+
+    records = []
+    with (
+        ThreadPoolExecutor(WORKERS) as verifiers,
+        Timeline(folder / f"timeline-{ahead}.json") as timeline,
+        Ahead(
+            collect,
+            Prompts(),
+            partial(timeline.clock, "grpo"),
+            ahead=ahead,
+            last=STEPS,
+            threads=True,
+        ) as rollouts,
+    ):
+        for step in range(STEPS):
+            start = time.monotonic()
+            _, clock = rollouts.take(step, None)
+            with clock("update"):
+                time.sleep(update)
+            with clock("sync"):
+                time.sleep(PUBLISH)
+                tell("/pause_generation", {"mode": "retract"})
+                time.sleep(LOAD)
+                tell("/continue_generation", {})
+            seconds = {f"time/{part}": clock.seconds.get(part, 0.0) for part in PARTS}
+            records.append(seconds | {"time/step": time.monotonic() - start})
+    return records
+
+
+def replayed(lengths):
+    """The lengths of the prompts one after the other, in place of a distribution."""
+    rest = iter(lengths)
+    return lambda _, n: np.full(n, next(rest))
+
+
+@contextlib.contextmanager
+def fleet_of(addresses):
+    """That of a file, or of two fake servers."""
+    with contextlib.ExitStack() as stack:
+        if not addresses:
+            servers = [FakeServer(process=True, token_seconds=0.02) for _ in range(2)]
+            addresses = [stack.enter_context(server).address for server in servers]
+        fleet = stack.enter_context(Fleet(addresses))
+        fleet.wait_ready(60)
+        time.sleep(1)  # for the other one
+        yield fleet
+
+
+def main():
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--ahead", default="0,1,2")
+    flags.add_argument("--addresses", default="")
+    flags.add_argument("--banned", default=str(STOP))
+    flags.add_argument("--mean", type=float, default=60.0, help="tokens of a completion")
+    flags.add_argument("--updates", default="0.5,3.0", help="seconds")
+    options = flags.parse_args()
+    rng = np.random.default_rng(0)
+    drawn = rng.lognormal(np.log(options.mean) - 0.18, 0.6, PROMPTS * (STEPS + 4))
+    lengths = np.clip(np.ceil(drawn), 5, 4 * options.mean).astype(int)
+    with fleet_of(options.addresses) as fleet, TemporaryDirectory() as folder:
+        engine = SGLangEngine(
+            fleet,
+            stop_ids=(),
+            banned_ids=tuple(map(int, options.banned.split(","))),
+            image_id=-1,
+            decode_text=str,
+            pictures=lambda prompt: (),
+        )
+        servers = fleet.servers()
+        for server in servers:
+            server.capacity = CAPACITY
+        sample(engine, range(len(servers)), lengths)
+        decode, own = measured(engine, len(servers))
+        rates = ", ".join(f"{n}: {rate:.0f}" for n, rate in decode)
+        print(f"a server: tokens/s by completions in flight {rates}; a prompt {own * 1e3:.0f} ms")
+        speeds = Speeds(
+            decode=decode,
+            prefill=1 / own,
+            capacity=CAPACITY,
+            verify=VERIFY,
+            verify_workers=WORKERS,
+            publish=PUBLISH,
+            load=LOAD,
+        )
+        print(
+            "update ahead   measured  simulated  ratio   (step, s; then parts, measured/simulated)"
+        )
+        worst = 0.0
+        for update in map(float, options.updates.split(",")):
+            for ahead in map(int, options.ahead.split(",")):
+                real = steady(loop(engine, fleet, lengths, update, ahead, Path(folder)), ahead)
+                scenario = Scenario(
+                    replace(speeds, update=update),
+                    replayed(lengths),
+                    servers=len(servers),
+                    prompts=PROMPTS,
+                    samples=SAMPLES,
+                    prompt_tokens=1,
+                    steps=STEPS,
+                    ahead=ahead,
+                )
+                made = steady(simulate(scenario), ahead)
+                ratio = made["time/step"] / real["time/step"]
+                worst = max(worst, abs(ratio - 1))
+                parts = "  ".join(
+                    f"{part} {real[f'time/{part}']:.2f}/{made[f'time/{part}']:.2f}"
+                    for part in PARTS
+                )
+                print(
+                    f"{update:6.1f} {ahead:5} {real['time/step']:10.2f} {made['time/step']:10.2f} "
+                    f"{ratio:6.2f}   {parts}",
+                    flush=True,
+                )
+        print(f"largest difference of a step's time: {worst:.0%}")
+
+
+if __name__ == "__main__":
+    main()
