@@ -1,4 +1,4 @@
-"""What the probe of the rollout servers (`rollout.probe`) looks at: rows and log-probs of a run."""
+"""What the probe of the rollout servers compares: a run's own rows, by its own model."""
 
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ TOKENS = 32
 
 def choose(samples: Sequence[Sample], prompter: Prompter, count: int) -> list[Group]:
     """The first `count` samples, as many with images as without where there are such, with the
-    beginning of their demonstrations."""
+    beginning of their demonstrations (or of their ground truths)."""
     kinds = [[s for s in samples if s.images], [s for s in samples if not s.images]]
     half = max(count // 2, count - len(kinds[0]))
     few = kinds[1][:half]
     chosen = [*kinds[0][: count - len(few)], *few]
-    ids = [prompter.encode_completion(sample.demonstration)[:TOKENS] for sample in chosen]
+    ids = [
+        prompter.encode_completion(sample.demonstration or sample.reward.ground_truth)
+        for sample in chosen
+    ]
     return [
-        Group(prompter(sample, 0), (Completion(own, np.zeros(len(own), np.float32), "", "stop"),))
-        for sample, own in zip(chosen, ids, strict=True)
+        Group(prompter(sample), (Completion(own, np.zeros(len(own), np.float32), "", "stop"),))
+        for sample, own in zip(chosen, (each[:TOKENS] for each in ids), strict=True)
     ]
 
 
@@ -49,7 +52,7 @@ def completion_logps(
     slots = Slots(
         prompt_tokens=max(len(group.prompt.ids) for group in groups),
         completion_tokens=max(len(group.completions[0].ids) for group in groups),
-        windows=max(len(group.prompt.vision.segments) for group in groups),
+        windows=max(1, *(len(group.prompt.vision.segments) for group in groups)),
         pad_id=pad_id,
     )
     ones = np.ones((rows, 1), np.float32)

@@ -11,11 +11,11 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
-from vtriune_jax import probing
 from vtriune_jax.data.prompts import Prompter
 from vtriune_jax.data.rows import Slots
 from vtriune_jax.export import PROCESSOR_FILES
 from vtriune_jax.models.config import ModelConfig
+from vtriune_jax.probing import choose, completion_logps
 from vtriune_jax.rollout.addresses import Addresses
 from vtriune_jax.rollout.choice import Sampling
 from vtriune_jax.rollout.fleet import Fleet
@@ -89,10 +89,10 @@ def serve(
     )
     probe = None
     if keys.probe_prompts:
-        groups = probing.choose(examples, prompter, keys.probe_prompts)
+        groups = choose(examples, prompter, keys.probe_prompts)
         probe = Probe(
             groups,
-            probing.completion_logps(graphdef, groups, prompter.pad_id, mesh),
+            completion_logps(graphdef, groups, slots.pad_id, mesh),
             image_id=model_config.image_token_id,
             pictures=prompter.pictures,
             limit=keys.probe_gap,

@@ -13,9 +13,12 @@ from tests.rollout.fake_models import Draw, Pseudo, Settings, expand
 from tests.rollout.fake_sglang import FakeServer
 from tests.rollout.made_up import BANNED, PAD, STOP, VOCAB, write_folder
 from tests.rollout.real_sglang import Fleet, serve
+from tests.rollout.syncing import publisher_of, until
 from vtriune_jax import export, models, tiny
 from vtriune_jax.data import digits
 from vtriune_jax.models import weights
+from vtriune_jax.rollout import fleet as rollout_fleet
+from vtriune_jax.rollout.sync import WeightSync
 from vtriune_jax.rollout.wire import BAN, wire_prompt
 
 
@@ -107,3 +110,51 @@ def oracle(made_up_folders):
         return np.array(found, np.float32)
 
     return logps
+
+
+@pytest.fixture
+def served(served_versions):
+    return served_versions[0]
+
+
+@pytest.fixture
+def start(served):
+    """Starts fake servers of the first version, and ends them."""
+    running = []
+
+    def one(**flags):
+        server = FakeServer(model_path=served.folder, **flags)
+        running.append(server)
+        server.start()
+        return server
+
+    yield one
+    for server in running:
+        server.kill()
+
+
+@pytest.fixture
+def fleet_of(start):
+    """A fleet of so many servers, all ready."""
+    fleets = []
+
+    def make(count=2, servers=None, **flags):
+        servers = servers or [start(**flags) for _ in range(count)]
+        fleet = rollout_fleet.Fleet(
+            [server.address for server in servers], backoff=0.05, health_timeout=2.0
+        )
+        fleets.append(fleet)
+        until(lambda: all(server.works for server in fleet.servers()))
+        return fleet, servers
+
+    yield make
+    for fleet in fleets:
+        fleet.close()
+
+
+@pytest.fixture
+def sync_of(served, tmp_path):
+    def make(fleet, **changes):
+        return WeightSync(fleet, publisher_of(served, tmp_path / "out"), **changes)
+
+    return make

@@ -183,20 +183,20 @@ def differences(logps: Sequence[np.ndarray], expected: Expected) -> tuple[np.nda
 def causes(finding: Finding, images: Sequence[bool], limit: float) -> str:
     """What the pattern of the gaps speaks for."""
     off = [not gap.mean() <= limit for gap in finding.gaps]
-    old = finding.expected.before
-    if old and all(gap.mean() <= limit for gap in differences(finding.logps, old)):
-        return (
-            f"it still has version {old.version}: does it see the folder that the trainer writes "
-            "to (rollout.server_dir)?"
-        )
-    if any(off) and not any(wrong for wrong, image in zip(off, images, strict=True) if not image):
-        return (
+    old, found = finding.expected.before, []
+    if not any(wrong for wrong, image in zip(off, images, strict=True) if not image):
+        found.append(
             "it keeps image features of older weights: start servers with SGLANG_VLM_CACHE_SIZE_MB"
             "=0 (launch/rollouts.sh does), or freeze the vision tower; or it resizes images "
             "otherwise than the trainer"
         )
-    return (
+    if old and all(gap.mean() <= limit for gap in differences(finding.logps, old)):
+        found.append(
+            f"it still has version {old.version}: does it see the folder that the trainer writes "
+            "to (rollout.weights_folder_there)?"
+        )
+    return "; or ".join(found) or (
         "another dtype than the trainer's (server: --dtype, trainer: model.dtype), a checkpoint of "
         "another model, a quantized server, or, where the gap is small, a limit too low for this "
-        "dtype"
+        "dtype (rollout.probe_gap)"
     )

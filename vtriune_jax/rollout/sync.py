@@ -24,9 +24,6 @@ from vtriune_jax.rollout.publish import Publisher, gathered
 from vtriune_jax.rollout.servers import Server
 from vtriune_jax.rollout.trouble import TROUBLE, ServerError, Unfit, refusal
 
-_CONTINUE_SECONDS = 10.0
-"""For a server that failed to say that it goes on, and between two such trials."""
-
 
 @dataclass(frozen=True)
 class Target:
@@ -66,7 +63,6 @@ class WeightSync:
         self._target: Target | None = None
         self._given: dict[Server, Target] = {}
         """Server → what it was given and, as the probe has found, has."""
-        self._continuing: dict[Server, asyncio.Task[None]] = {}
         fleet.on_return = self._on_return
 
     def push(self, params: Any, version: int) -> dict[str, float]:
@@ -175,18 +171,12 @@ class WeightSync:
         return self._given.get(server) is target and server.version == target.version
 
     async def _switch(self, server: Server, target: Target) -> None:
-        """From pause to continue. Raises one of TROUBLE, and sees to it that it does go on."""
-        try:
-            async with asyncio.timeout(self._deadline):
-                await self._post(server, "/pause_generation", {"mode": "retract"})
-                await self._load(server, target)
-                await self._post(server, "/continue_generation", {})
-        except TROUBLE:
-            if server not in self._continuing:
-                task = asyncio.create_task(self._go_on(server))
-                self._continuing[server] = task
-                task.add_done_callback(lambda _: self._continuing.pop(server))
-            raise
+        """From pause to continue. Raises one of TROUBLE; the fleet sees to it that a server which
+        was left paused goes on, before it looks after its health."""
+        async with asyncio.timeout(self._deadline):
+            await self._post(server, "/pause_generation", {"mode": "retract"})
+            await self._load(server, target)
+            await self._post(server, "/continue_generation", {})
 
     async def _load(self, server: Server, target: Target) -> None:
         answer = await self._post(
@@ -200,18 +190,6 @@ class WeightSync:
         found = info.get("weight_version") if isinstance(info, dict) else None
         if found != target.version:
             raise Unfit(f"has weights {found!r} after the update to {target.version!r}")
-
-    async def _go_on(self, server: Server) -> None:
-        """A server that has failed must not stay paused: it would never be well again."""
-        while server.state in ("new", "quarantined"):
-            try:
-                await self._fleet.post(
-                    server, "/continue_generation", {}, timeout=_CONTINUE_SECONDS
-                )
-            except TROUBLE:
-                await asyncio.sleep(_CONTINUE_SECONDS)
-            else:
-                return
 
     async def _post(self, server: Server, path: str, body: dict[str, Any]) -> Any:
         return await self._fleet.post(server, path, body, timeout=self._deadline)
