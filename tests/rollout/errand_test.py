@@ -100,8 +100,12 @@ def test_completions_that_came_before_a_failure_are_kept(server, oracle):
 
 
 def test_killed_while_it_draws_and_back_again(made_up_folders, oracle):
-    flags = {"process": True, "model_path": made_up_folders[0], "token_seconds": 0.03}
-    with FakeServer(**flags) as one, FakeServer(**flags) as other, engine(one, other) as (made, _):
+    flags = {"model_path": made_up_folders[0], "token_seconds": 0.03}
+    with (
+        FakeServer(process=True, **flags) as one,
+        FakeServer(**flags) as other,
+        engine(one, other) as (made, _),
+    ):
         ahead = made.submit(PROMPTS, SAMPLING)
         while not one.seen()["tokens"]:
             time.sleep(0.01)
@@ -118,8 +122,12 @@ def test_killed_while_it_draws_and_back_again(made_up_folders, oracle):
 
 
 def test_frozen_while_it_draws_and_back_again(made_up_folders, oracle):
-    flags = {"process": True, "model_path": made_up_folders[0], "token_seconds": 0.03}
-    with FakeServer(**flags) as one, FakeServer(**flags) as other, engine(one, other) as (made, _):
+    flags = {"model_path": made_up_folders[0], "token_seconds": 0.03}
+    with (
+        FakeServer(process=True, **flags) as one,
+        FakeServer(**flags) as other,
+        engine(one, other) as (made, _),
+    ):
         ahead = made.submit(PROMPTS, SAMPLING)
         while not one.seen()["tokens"]:
             time.sleep(0.01)

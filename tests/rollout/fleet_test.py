@@ -45,6 +45,42 @@ def test_an_update_in_the_midst(server, made_up_folders, mode):
         assert 0 <= stats["version_lag"] < 1
 
 
+def test_a_server_that_was_left_paused_goes_on(server, oracle):
+    """By a trainer that was killed in the midst of an update, say."""
+    server.call("/pause_generation", {"mode": "retract"})
+    with engine(server) as (made, fleet):
+        check(made.submit(PROMPTS, SAMPLING).result().groups, PROMPTS, oracle)
+        server.call("/pause_generation", {"mode": "retract"})
+        check(made.submit(PROMPTS, SAMPLING).result().groups, PROMPTS, oracle)
+        assert server.seen()["counts"]["/continue_generation"] == 2
+        assert fleet.quarantines == 1
+
+
+def test_a_server_that_cannot_be_brought_up_to_date_gets_no_work(pair, oracle):
+    async def on_return(server):
+        if server.address == pair[0].address:
+            raise UserError("it has other weights than the trainer")
+
+    with engine(*pair, on_return=on_return) as (made, fleet):
+        check(made.submit(PROMPTS, SAMPLING).result().groups, PROMPTS, oracle)
+        wait_for(lambda: "quarantined (UserError it has other weights" in fleet.describe())
+        assert "/generate" not in pair[0].seen()["counts"]
+        assert "is ready" in fleet.describe()
+
+
+def test_addresses_that_are_none(tmp_path):
+    missing, empty = tmp_path / "missing", tmp_path / "empty"
+    empty.write_text("# none yet\n")
+    for addresses, words in [
+        (missing, "cannot read .*missing"),
+        (empty, "found no address"),
+        (["10.0.0.2:30000"], "found '10.0.0.2:30000'; expected servers like http://"),
+        (lambda: [], "found no address"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            Fleet(addresses)
+
+
 def test_a_server_with_old_weights_is_brought_up_to_date_first(made_up_folders, oracle):
     """One that was restarted has the weights of its start: what it draws with them is refused."""
     flags = {"process": True, "model_path": made_up_folders[1], "weight_version": "v0"}

@@ -11,6 +11,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,12 +73,13 @@ class Errand:
     ) -> None:
         self.prompt, self._sampling = prompt, sampling
         self._fleet, self._manner, self._tally = fleet, manner, tally
-        self._drawn: list[Completion] = [*begun]
+        self._drawn = [ended(drawn, sampling.max_tokens) for drawn in begun]
         self._drawn += [_NOTHING] * (sampling.n - len(begun))
         self._name = f"{manner.name}-{next(_numbers)}"
-        self._live: dict[int, str] = {}
-        """Number → id of those that a server is drawing."""
+        self._live: dict[int, Callable[[], None]] = {}
+        """Number → how to abort it, of those that a server is drawing."""
         self._reader: asyncio.Task[None] | None = None
+        """Of the request under way."""
         self._stopping = False
         self._refusals = self._held = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -129,10 +131,9 @@ class Errand:
         if self._reader is None or not self._live:
             task.cancel()
             return
-        for rid in self._live.values():
-            self._abort(rid)
-        reader = self._reader
-        asyncio.get_running_loop().call_later(_GRACE, reader.cancel)
+        for abort in self._live.values():
+            abort()
+        asyncio.get_running_loop().call_later(_GRACE, self._reader.cancel)
 
     async def _request(
         self, server: Server, prompt: WirePrompt, wanted: list[int], rid: str
@@ -140,7 +141,6 @@ class Errand:
         begun = [self._drawn[k].ids for k in wanted]
         manner = self._manner
         body = request_body(rid, prompt, begun, self._sampling, manner.stop_ids, manner.banned_ids)
-        self._server = server
         self._reader = asyncio.create_task(self._read(server, prompt, wanted, body))
         server.requests.add(self._reader)
         try:
@@ -175,9 +175,9 @@ class Errand:
                     if number not in left:
                         continue  # it has come to its end
                     if not meta["finish_reason"]:
-                        self._live[wanted[number]] = meta["id"]
+                        self._live[wanted[number]] = partial(self._abort, server, meta["id"])
                         if self._stopping:
-                            self._abort(meta["id"])
+                            self._abort(server, meta["id"])
                         continue
                     self._live.pop(wanted[number], None)
                     left.discard(number)
@@ -206,8 +206,9 @@ class Errand:
         drawn = joined(before, more) if len(before.ids) else more
         if not len(drawn.ids):  # nothing is left of it: draw another one
             drawn = _NOTHING
-        self._drawn[k] = drawn
-        if drawn.finish != "abort":
+        whole = drawn.finish != "abort"
+        self._drawn[k] = self._with_text(drawn) if whole else drawn
+        if whole:
             self._tally.completions += 1
             self._held -= 1
             self._fleet.queue.give_back(server, 1)
@@ -234,7 +235,7 @@ class Errand:
         sample = self.prompt.sample
         return UserError(f"sample {sample.id} of {sample.data_source} cannot be completed: {why}")
 
-    def _abort(self, rid: str) -> None:
+    def _abort(self, server: Server, rid: str) -> None:
         async def abort() -> None:
             try:
                 await self._fleet.post(server, "/abort_request", {"rid": rid}, timeout=_GRACE)
@@ -243,7 +244,6 @@ class Errand:
                 if self._reader:
                     self._reader.cancel()  # the server then ends it, and nothing is kept
 
-        server = self._server
         task = asyncio.create_task(abort())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -256,6 +256,13 @@ class Errand:
 
 
 _NOTHING = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), "", "abort")
+
+
+def ended(drawn: Completion, max_tokens: int) -> Completion:
+    """A completion that was interrupted at its last token has come to its end."""
+    if drawn.finish == "abort" and len(drawn.ids) >= max_tokens:
+        return replace(drawn, finish="length")
+    return drawn
 
 
 def read_event(event: bytes, count: int) -> tuple[int, dict[str, Any]]:

@@ -111,7 +111,7 @@ class Fleet:
         return [server for server in list(self.queue.servers.values()) if server.state != "gone"]
 
     def published(self, version: str) -> None:
-        """From now on, `version` is what servers should have."""
+        """From now on, `version` is what servers should have; to be said before any gets it."""
         self._versions[version] = self._published = self._published + 1
         self.version = version
 
@@ -199,7 +199,7 @@ class Fleet:
             return
         if server.state == "ready":
             self.quarantines += 1
-        server.state, server.paused = "quarantined", False
+        server.state = "quarantined"
         rest = min(self._backoff * 2.0 ** min(server.rests, 30), _LONGEST_REST)
         server.next_probe = time.monotonic() + rest
         server.rests += 1
@@ -238,7 +238,7 @@ class Fleet:
     def check_version(self, server: Server, before: str, drawn: str) -> None:
         """Unfit if the last token of a completion was drawn with older weights than the
         server had `before` the request: it was restarted, say."""
-        if before not in self._versions:
+        if before not in self._versions or drawn == server.version:
             return
         if drawn not in self._versions or self.lag(drawn) > self.lag(before):
             raise Unfit(f"has weights {drawn!r} again, after {before!r}")
@@ -277,7 +277,7 @@ class Fleet:
     async def _open(self) -> None:
         # SGLang closes an idle connection after 5 seconds; to use it then would cost a request.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
-        self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
+        self._session = aiohttp.ClientSession(connector=connector)
         self._spawn(self._watch())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -302,7 +302,7 @@ class Fleet:
                         server.checking = True
                         self._spawn(self._check(server))
                     elif server.state in ("new", "quarantined") and now >= server.next_probe:
-                        server.checking = True
+                        server.checking, server.next_probe = True, now + _LONGEST_REST
                         self._spawn(self._admit(server))
                 await asyncio.sleep(_TICK)
 
@@ -335,7 +335,7 @@ class Fleet:
     async def _admit(self, server: Server) -> None:
         """Give work to a new or sick server if it is well and has the right weights."""
         try:
-            await self.get(server, "/health", timeout=self._health_timeout)
+            await self._wake(server)
             server.version = str((await self.get(server, "/model_info"))["weight_version"])
             server.capacity = capacity_of(
                 await self.get(server, "/server_info"), self._tokens_per_completion
@@ -346,7 +346,19 @@ class Fleet:
             elif self.version and server.version != self.version:
                 raise Unfit(f"has weights {server.version!r}, not {self.version!r}")
             self.release(server)
-        except (*TROUBLE, KeyError, TypeError) as error:
+        except (*TROUBLE, UserError, KeyError, TypeError) as error:
             self.quarantine(server, refusal(error))
         finally:
             server.checking = False
+
+    async def _wake(self, server: Server) -> None:
+        """See that it is well; one that was left paused, by us or others, says that it is not."""
+        try:
+            if not server.paused:
+                await self.get(server, "/health", timeout=self._health_timeout)
+                return
+        except ServerError as error:
+            if error.status != 503:
+                raise
+        await self.post(server, "/continue_generation")
+        await self.get(server, "/health", timeout=self._health_timeout)

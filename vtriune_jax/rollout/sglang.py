@@ -69,7 +69,7 @@ class SGLangEngine:
         )
         self._tally = Tally()
         self._homes: dict[tuple[str, str], str] = {}
-        """Sample → the server that has begun it."""
+        """Sample → the server that has begun it, of the last rollout that was cut short."""
 
     def generate(
         self,
@@ -157,7 +157,8 @@ class SGLangEngine:
             await asyncio.gather(*tasks, return_exceptions=True)
         chosen = set(map(id, complete[:needed]))
         left = [errand for errand in errands if id(errand) not in chosen]
-        self._homes |= {key(errand.prompt): errand.server for errand in left}
+        if left:
+            self._homes = {key(errand.prompt): errand.server for errand in left}
         return Rollout(
             groups=tuple(errand.group() for errand in errands if id(errand) in chosen),
             begun=tuple(errand.group() for errand in left),
