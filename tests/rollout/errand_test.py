@@ -107,8 +107,7 @@ def test_killed_while_it_draws_and_back_again(made_up_folders, oracle):
         engine(one, other) as (made, _),
     ):
         ahead = made.submit(PROMPTS, SAMPLING)
-        while not one.seen()["tokens"]:
-            time.sleep(0.01)
+        wait_for(lambda: one.seen()["tokens"])
         one.kill()
         groups = ahead.result().groups
         check(groups, PROMPTS, oracle)
@@ -129,8 +128,7 @@ def test_frozen_while_it_draws_and_back_again(made_up_folders, oracle):
         engine(one, other) as (made, _),
     ):
         ahead = made.submit(PROMPTS, SAMPLING)
-        while not one.seen()["tokens"]:
-            time.sleep(0.01)
+        wait_for(lambda: one.seen()["tokens"])
         one.freeze()
         check(ahead.result().groups, PROMPTS, oracle)
         assert made.stats()["quarantines"] == 1

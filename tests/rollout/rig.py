@@ -22,7 +22,7 @@ PROMPTS = [
 
 @contextlib.contextmanager
 def engine(*servers, deadline=20.0, addresses=None, **settings):
-    quick = {"patience": 0.3, "health_timeout": 0.3, "backoff": 0.05, "reread": 0.1}
+    quick = {"patience": 0.3, "health_timeout": 1.5, "backoff": 0.05, "reread": 0.1}
     addresses = addresses or [server.address for server in servers]
     with Fleet(addresses, **(quick | settings)) as fleet:
         made = SGLangEngine(
@@ -35,7 +35,7 @@ def engine(*servers, deadline=20.0, addresses=None, **settings):
             deadline=deadline,
             backoff=0.02,
         )
-        fleet.wait_ready(10)
+        wait_for(lambda: all(each.state != "new" for each in fleet.servers()))
         yield made, fleet
 
 
@@ -57,7 +57,7 @@ def check(groups, prompts, oracle, sampling=SAMPLING):
             np.testing.assert_allclose(drawn.logps, expected, atol=1e-5)
 
 
-def wait_for(condition, seconds=10):
+def wait_for(condition, seconds=20):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
