@@ -168,10 +168,13 @@ async def serve(
     if ready:
         ready.set()
     await stop.wait()
-    for connection in list(runner.server.connections if runner.server else ()):
-        if connection.transport:
-            connection.transport.abort()
-    await site.stop()  # handlers that hang are cancelled with the loop
+    await site.stop()
+    while runner.server and (connections := runner.server.connections):
+        for connection in list(connections):
+            if connection.transport:
+                connection.transport.abort()
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)  # handlers that hang are cancelled with the loop
 
 
 def main() -> None:
