@@ -11,6 +11,7 @@ of completions in flight; the simulation is given that and the lengths, and its 
 
 import argparse
 import contextlib
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone, not an installed package
 
 from tests.rollout.fake_sglang import FakeServer
 from tests.rollout.made_up import STOP, make_prompt
@@ -32,6 +35,8 @@ from vtriune_jax.timeline import Timeline
 
 PROMPTS, SAMPLES, STEPS, CAPACITY = 12, 4, 8, 16
 VERIFY, WORKERS, PUBLISH, LOAD = 0.02, 4, 0.3, 0.2
+PROMPT_TOKENS = 1000
+"""For the simulation: what a prompt costs is measured as a whole."""
 PARTS = ("rollout", "verify", "wait", "update", "sync")
 
 
@@ -166,7 +171,7 @@ def main():
         print(f"a server: tokens/s by completions in flight {rates}; a prompt {own * 1e3:.0f} ms")
         speeds = Speeds(
             decode=decode,
-            prefill=1 / own,
+            prefill=PROMPT_TOKENS / own,
             capacity=CAPACITY,
             verify=VERIFY,
             verify_workers=WORKERS,
@@ -186,7 +191,7 @@ def main():
                     servers=len(servers),
                     prompts=PROMPTS,
                     samples=SAMPLES,
-                    prompt_tokens=1,
+                    prompt_tokens=PROMPT_TOKENS,
                     steps=STEPS,
                     ahead=ahead,
                 )

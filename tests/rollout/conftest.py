@@ -34,7 +34,7 @@ class Served(NamedTuple):
 def exported(folder: Path, source: Path, model: models.Qwen2_5_VL, scale: float) -> Served:
     """Exports the model with larger matrices, so that greedy text does not fall into a rut.
 
-    The scales in use are ones at which rounding of the weights moves log-probs least.
+    The seeds and scales in use are ones at which rounding moves log-probs little.
     """
     graphdef, params = models.split(model)
     params = jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 1 else leaf, params)
@@ -53,9 +53,11 @@ def served_versions(tmp_path_factory) -> tuple[Served, Served]:
     sizes.vision_hidden, sizes.vision_intermediate, sizes.vision_depth = 32, 48, 2
     sizes.full_attention_layers = (1,)
     source = tiny.ensure_tiny(home / "tiny", sizes, digits.texts(), seed=0)
-    model = models.load_pretrained(source)
-    return exported(home / "first", source, model, 6.0), exported(
-        home / "second", source, model, 8.0
+    first = models.load_pretrained(source)
+    second = models.init(first.config, seed=1)
+    return (
+        exported(home / "first", source, first, 6.0),
+        exported(home / "second", source, second, 8.0),
     )
 
 
