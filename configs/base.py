@@ -46,8 +46,12 @@ def get_config() -> Any:
         # Of activations: "float32" or "bfloat16". Parameters and optimizer are always float32.
         dtype="float32",
         # What is kept of a layer for the backward pass: "none" recomputes nothing, "dots" keeps the
-        # results of linear maps and attention, the fastest on CPUs, "full" the layer's input only.
+        # results of linear maps and attention, the fastest on CPUs, "attention" the latter only,
+        # "full" the layer's input only.
         remat="dots",
+        # What computes attention: "splash" (TPUs), "triton" (GPUs), "cudnn" (GPUs: bfloat16, rows
+        # of one sequence), "xla" (anywhere, CPUs too). "auto" takes the first that the devices run.
+        attention="auto",
         # Low-rank adapters of the language layers: at rank 0 there are none; above it they alone
         # are trained and saved in checkpoints, all else stays as it was. Models that are written
         # are ordinary ones, with the adapters put into their matrices. Adapters bear, and want, a

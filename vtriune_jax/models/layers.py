@@ -61,16 +61,21 @@ def remat(body: Callable, word: str) -> Callable:
     """Make the body of a scan over layers compute again in the backward pass what `word` says.
 
     "none": nothing that XLA would keep; "dots": all but the results of linear maps and attention,
-    which is little work for much memory; "full": everything but the layer's input.
+    which is little work for much memory; "attention": all but the result of attention, which grows
+    with the square of the tokens; "full": everything but the layer's input.
     """
     if word == "none":
         return body
-    policy = None
-    if word == "dots":
-        policy = jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names(ATTENDED),
-        )
+    policies = jax.checkpoint_policies
+    attended, dots = (
+        policies.save_only_these_names(ATTENDED),
+        policies.dots_with_no_batch_dims_saveable,
+    )
+    policy = {
+        "dots": policies.save_from_both_policies(dots, attended),
+        "attention": attended,
+        "full": None,
+    }[word]
     # Common subexpressions cannot be merged across the iterations of a scan.
     return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
