@@ -125,6 +125,7 @@ def get_config() -> Any:
         warmup_steps=5,  # updates over which it rises linearly
         weight_decay=0.01,
         betas=(0.9, 0.999),  # of AdamW
+        mu_dtype="float32",  # of its first moment; "bfloat16" halves that one's memory
         grad_clip=1.0,  # largest global norm of the gradient
         freeze=(),  # regular expressions, searched in parameter paths; what matches stays as it is
     )
@@ -138,6 +139,7 @@ def get_config() -> Any:
         warmup_steps=7,
         weight_decay=0.01,
         betas=(0.9, 0.999),
+        mu_dtype="float32",
         grad_clip=1.0,
         freeze=("^visual/",),  # the vision tower and its merger: training them is unstable
         # What a completion's reward is compared with, and scaled by: "grpo" mean and spread of its

@@ -94,6 +94,7 @@ RULES: tuple[tuple[str, Test, str], ...] = (
     (r"batch\.layout", *one_of("auto", "single", "group", "packed")),
     (r"(sft|grpo)\.(steps|warmup_steps|weight_decay)", not_negative, "0 or more"),
     (r"(sft|grpo)\.(prompts|lr|grad_clip)", positive, "above 0"),
+    (r"(sft|grpo)\.mu_dtype", *one_of("float32", "bfloat16")),
     (r"(sft|grpo)\.betas", betas, "two numbers in [0, 1)"),
     (r"(sft|grpo)\.freeze", regexes, 'regular expressions, as in ("^visual/",)'),
     (r"grpo\.samples", lambda n: n >= 2, "at least 2: advantages compare completions"),

@@ -36,12 +36,11 @@ def load_pretrained(
 ) -> Qwen2_5_VL:
     """Read a Hugging Face checkpoint folder (layouts: see `weights`).
 
-    `remat` and `attention` are as in `ModelConfig`.
-    `dtype` is of activations, `param_dtype` of the parameters, whatever the files have; training
-    wants float32. `shardings` (path, shape) says where a parameter lies, by default on one device;
-    the parameters go there tensor by tensor, and beside them the host never holds as much as twice
-    the largest tensor of the files. The adapters that `lora` asks for are new, drawn with `seed`,
-    and float32.
+    `remat` and `attention` are as in `ModelConfig`, `dtype` is of activations, `param_dtype` of the
+    parameters, whatever the files have; training wants float32. `shardings` (path, shape) says
+    where a parameter lies, by default on one device; the parameters go there tensor by tensor, and
+    beside them the host never holds as much as twice the largest tensor of the files. The adapters
+    that `lora` asks for are new, drawn with `seed`, and float32.
 
     Raises UserError naming the file and key that is missing, broken, left over or mis-shaped.
     """

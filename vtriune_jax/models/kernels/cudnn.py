@@ -26,14 +26,14 @@ def attention(
     """As `models.attention.attention`.
 
     Public JAX gives cuDNN no segments, only lengths counted from the left (a mask would be an array
-    of [tokens, tokens], and causality would spare nothing). So padding, wherever it stands, is moved
-    behind the row's tokens and back. Where any row here has two segments, all go XLA's way: right,
+    of [tokens, tokens], and causality would spare nothing). So padding, wherever it stands, moves
+    behind the row's tokens, and back. Where any row here has two segments, all go XLA's way: right,
     but slow, and then "triton" is the better choice. Raises UserError for float32, which cuDNN does
     not know.
     """
     if implementation == "cudnn" and query.dtype == jnp.float32:
         raise UserError(
-            'model.attention="cudnn" needs model.dtype="bfloat16", not "float32"; or choose "triton"'
+            'model.attention="cudnn" needs model.dtype="bfloat16", not "float32"; choose "triton"'
         )
     if slots:
         whole = partial(attention, causal=causal, implementation=implementation)

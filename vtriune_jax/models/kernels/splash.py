@@ -1,4 +1,4 @@
-"""Attention on TPUs: JAX's splash kernel, which holds no [tokens, tokens] and skips masked blocks."""
+"""Attention on TPUs: JAX's splash kernel, which holds no [tokens, tokens] and skips blocks."""
 
 from __future__ import annotations
 
