@@ -1,5 +1,7 @@
 """Segments, causality and padding of the one attention function."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,3 +109,17 @@ def test_a_kernel_that_cannot_run_here_is_refused(word, message):
     query = random(1, 200, 1, 8)
     with pytest.raises(UserError, match=f'model.attention="{word}".*{message}'):
         attention(query, query, query, jnp.ones((1, 200), int), causal=True, kernel=word)
+
+
+def test_a_program_for_tpus_gets_splash_wherever_it_is_made():
+    def loss(query, key):
+        segments = jnp.ones((1, 200), jnp.int32)
+        with mesh_of("TPU v5", "tpu"):
+            return attention(query, key, key, segments, causal=True, slots=(2, 40)).sum()
+
+    shapes = [jax.ShapeDtypeStruct((1, 200, n, 128), jnp.bfloat16) for n in (4, 2)]
+    traced = jax.jit(jax.grad(loss)).trace(*shapes)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    kernels = re.findall(r'kernel_name = "splash_mha_([a-z]+)_segmented', text)
+    assert sorted(kernels) == ["dkv", "dq", "fwd"]
+    assert "200x200" not in text
