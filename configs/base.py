@@ -46,8 +46,12 @@ def get_config() -> Any:
         # Of activations: "float32" or "bfloat16". Parameters and optimizer are always float32.
         dtype="float32",
         # What is kept of a layer for the backward pass: "none" recomputes nothing, "dots" keeps the
-        # results of linear maps and attention, the fastest on CPUs, "full" the layer's input only.
+        # results of linear maps and attention, the fastest on CPUs, "attention" the latter only,
+        # "full" the layer's input only.
         remat="dots",
+        # What computes attention: "splash" (TPUs), "triton" (GPUs), "cudnn" (GPUs: bfloat16, rows
+        # of one sequence), "xla" (anywhere, CPUs too). "auto" takes the first that the devices run.
+        attention="auto",
         # Low-rank adapters of the language layers: at rank 0 there are none; above it they alone
         # are trained and saved in checkpoints, all else stays as it was. Models that are written
         # are ordinary ones, with the adapters put into their matrices. Adapters bear, and want, a
@@ -122,6 +126,7 @@ def get_config() -> Any:
         warmup_steps=5,  # updates over which it rises linearly
         weight_decay=0.01,
         betas=(0.9, 0.999),  # of AdamW
+        mu_dtype="float32",  # of its first moment; "bfloat16" halves that one's memory
         grad_clip=1.0,  # largest global norm of the gradient
         freeze=(),  # regular expressions, searched in parameter paths; what matches stays as it is
     )
@@ -135,6 +140,7 @@ def get_config() -> Any:
         warmup_steps=7,
         weight_decay=0.01,
         betas=(0.9, 0.999),
+        mu_dtype="float32",
         grad_clip=1.0,
         freeze=("^visual/",),  # the vision tower and its merger: training them is unstable
         # What a completion's reward is compared with, and scaled by: "grpo" mean and spread of its

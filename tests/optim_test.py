@@ -64,3 +64,23 @@ def test_the_gradient_is_clipped_by_its_global_norm():
     _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
     moment = optax.tree.get(state, "mu")
     np.testing.assert_allclose(optax.tree.norm(moment), 0.1, rtol=1e-6)
+
+
+def test_only_the_first_moment_may_be_narrow():
+    states = {}
+    for dtype in ("float32", "bfloat16"):
+        config = optim.OptimConfig(learning_rate=0.1, mu_dtype=dtype)
+        tx, params = optim.make_optimizer(config), PARAMS
+        state = tx.init(params)
+        for k in range(5):
+            grads = jax.tree.map(lambda p, k=k: jnp.cos(k + p), params)
+            changes, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, changes)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(optax.tree.get(state, "mu"))} == {dtype}
+        assert {leaf.dtype for leaf in jax.tree.leaves(optax.tree.get(state, "nu"))} == {
+            jnp.dtype("float32")
+        }
+        states[dtype] = params
+    narrow, wide = (jax.tree.leaves(states[dtype]) for dtype in ("bfloat16", "float32"))
+    for a, b in zip(narrow, wide, strict=True):
+        assert 0 < np.abs(a - b).max() < 0.01

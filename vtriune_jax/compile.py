@@ -106,6 +106,11 @@ def text(found: Any) -> str:
             f"bound        {found.estimated_step_seconds:.4g} s, MFU {found.estimated_mfu:.1%} at "
             f"most, if everything hides behind the slowest of {times}",
         ]
+    elif found.fits:
+        lines.append(
+            "traffic      not known: jaxlib cannot read the program of this version of libtpu, "
+            "pip install 'jax[tpu]'"
+        )
     if not found.fits:
         lines.append("largest      " + "\n             ".join(map(_buffer, found.largest_buffers)))
         lines += [f"change       {hint}" for hint in found.advice]

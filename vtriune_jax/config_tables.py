@@ -68,7 +68,8 @@ def regexes(values: tuple[Any, ...]) -> bool:
 RULES: tuple[tuple[str, Test, str], ...] = (
     (r"stages", stages, '"sft", "grpo" or both, each once'),
     (r"model\.dtype", *one_of("float32", "bfloat16")),
-    (r"model\.remat", *one_of("none", "dots", "full")),
+    (r"model\.remat", *one_of("none", "dots", "attention", "full")),
+    (r"model\.attention", *one_of("auto", "xla", "splash", "triton", "cudnn")),
     (r"model\.lora\.rank", not_negative, "0 (off) or more"),
     (r"model\.lora\.alpha", positive, "above 0"),
     (
@@ -93,6 +94,7 @@ RULES: tuple[tuple[str, Test, str], ...] = (
     (r"batch\.layout", *one_of("auto", "single", "group", "packed")),
     (r"(sft|grpo)\.(steps|warmup_steps|weight_decay)", not_negative, "0 or more"),
     (r"(sft|grpo)\.(prompts|lr|grad_clip)", positive, "above 0"),
+    (r"(sft|grpo)\.mu_dtype", *one_of("float32", "bfloat16")),
     (r"(sft|grpo)\.betas", betas, "two numbers in [0, 1)"),
     (r"(sft|grpo)\.freeze", regexes, 'regular expressions, as in ("^visual/",)'),
     (r"grpo\.samples", lambda n: n >= 2, "at least 2: advantages compare completions"),
@@ -226,7 +228,7 @@ RELATIONS: tuple[tuple[Test, str, tuple[str, ...]], ...] = (
 """What several keys must satisfy together; {0} is the first one with its value."""
 
 FREE = (
-    r"data\.(cache|threads)|(verifiers|mesh|checkpoint|log)\..*"
+    r"data\.(cache|threads)|model\.attention|(verifiers|mesh|checkpoint|log)\..*"
     r"|rollout\.(addresses|deadline_seconds|weights_folder\w*|probe_\w+)"
 )
 """Keys that a resumed run may change, beside the steps of its last stage: how long, on what and how

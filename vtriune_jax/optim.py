@@ -31,6 +31,8 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    mu_dtype: str = "float32"
+    """Of the first moment; the second stays float32."""
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
@@ -44,6 +46,7 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
             eps=config.eps,
             weight_decay=config.weight_decay,
             mask=decayed,
+            mu_dtype=config.mu_dtype,
         ),
     )
 

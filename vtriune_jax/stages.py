@@ -76,6 +76,7 @@ def plan(config: Any, banned_ids: tuple[int, ...]) -> list[Stage]:
                     b2=keys.betas[1],
                     weight_decay=keys.weight_decay,
                     clip_norm=keys.grad_clip,
+                    mu_dtype=keys.mu_dtype,
                 ),
                 **build(keys, config.batch.completion_tokens, banned_ids),
             )

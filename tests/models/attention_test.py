@@ -1,11 +1,15 @@
 """Segments, causality and padding of the one attention function."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
-from vtriune_jax.models.attention import attention
+from vtriune_jax.errors import UserError
+from vtriune_jax.models.attention import attention, choose
 
 
 def random(*shape):
@@ -80,3 +84,42 @@ def test_gradients_are_finite_in_the_padding():
         return attention(query, query, query, segments, causal=True).sum()
 
     assert np.isfinite(gradient(random(1, 5, 2, 4))).all()
+
+
+def mesh_of(kind, platform):
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    return jax.sharding.use_abstract_mesh(
+        AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"), abstract_device=device)
+    )
+
+
+def test_the_kernel_is_that_of_the_devices_to_compile_for():
+    assert choose("auto") == choose("xla") == "xla"
+    with mesh_of("TPU v5", "tpu"):
+        assert [choose(word) for word in ("auto", "splash", "xla")] == ["splash", "splash", "xla"]
+    with mesh_of("NVIDIA H100", "cuda"):
+        assert [choose(word) for word in ("auto", "cudnn")] == ["triton", "cudnn"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("splash", "on TPUs only, not on CPUs"), ("triton", "on GPUs only"), ("cudnn", "GPUs only")],
+)
+def test_a_kernel_that_cannot_run_here_is_refused(word, message):
+    query = random(1, 200, 1, 8)
+    with pytest.raises(UserError, match=f'model.attention="{word}".*{message}'):
+        attention(query, query, query, jnp.ones((1, 200), int), causal=True, kernel=word)
+
+
+def test_a_program_for_tpus_gets_splash_wherever_it_is_made():
+    def loss(query, key):
+        segments = jnp.ones((1, 200), jnp.int32)
+        with mesh_of("TPU v5", "tpu"):
+            return attention(query, key, key, segments, causal=True, slots=(2, 40)).sum()
+
+    shapes = [jax.ShapeDtypeStruct((1, 200, n, 128), jnp.bfloat16) for n in (4, 2)]
+    traced = jax.jit(jax.grad(loss)).trace(*shapes)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    kernels = re.findall(r'kernel_name = "splash_mha_([a-z]+)_segmented', text)
+    assert sorted(kernels) == ["dkv", "dq", "fwd"]
+    assert "200x200" not in text

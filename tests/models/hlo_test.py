@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from vtriune_jax import models
-from vtriune_jax.models.attention import BLOCKS
+from vtriune_jax.models.kernels.xla import BLOCKS
 from vtriune_jax.types import Vision
 
 # 64 slots in a window, as in the real tower. So many windows that the square of their slots is

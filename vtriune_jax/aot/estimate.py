@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from vtriune_jax import sharding
 from vtriune_jax.aot import flops, hlo
 from vtriune_jax.aot.program import Program
-from vtriune_jax.aot.topology import SLICE_LINK, Topology
+from vtriune_jax.aot.topology import Topology
 
 GIB = 2**30
 LARGEST = 8
@@ -25,7 +25,8 @@ LARGEST = 8
 class Estimate:
     """The fields are the keys of the JSON file.
 
-    Where the program does not fit, the compiler gives no program: traffic and times are None.
+    Where the program does not fit, or jaxlib cannot read it, there is no text of it: traffic and
+    times are None.
     """
 
     config: str
@@ -69,10 +70,9 @@ def estimate(name: str, config: Any, program: Program, topology: Topology, mesh:
     """Compiles the program for the devices of the topology."""
     start = time.monotonic()
     lowered = program.update.lower(program.state, program.batch)
-    compiled, text, trouble = None, "", ""
+    compiled, trouble = None, ""
     try:
         compiled = lowered.compile()
-        text = compiled.as_text() or ""
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -100,13 +100,16 @@ def estimate(name: str, config: Any, program: Program, topology: Topology, mesh:
             "largest_buffers": _largest_arrays(program, len(topology.devices)),
         }
     else:
-        module = hlo.Module(text)
         memory = _memory(compiled.memory_analysis())
-        memory["largest_buffers"] = [
-            {"bytes": size, "shape": shape, "origin": origin}
-            for size, shape, origin in module.largest(LARGEST)
-        ]
-        numbers |= roofline(module.traffic(), memory["argument_bytes"], numbers, topology)
+        if text := _text(compiled):
+            module = hlo.Module(text)
+            memory["largest_buffers"] = [
+                {"bytes": size, "shape": shape, "origin": origin}
+                for size, shape, origin in module.largest(LARGEST)
+            ]
+            numbers |= roofline(module.traffic(), memory["argument_bytes"], numbers, topology)
+        else:
+            memory["largest_buffers"] = _largest_arrays(program, len(topology.devices))
     fits = memory["bytes_per_device"] <= topology.memory
     hints = [] if fits else advice(config, program, mesh, memory, topology.memory)
     return Estimate(fits=fits, advice=hints, **numbers, **memory)
@@ -125,7 +128,7 @@ def roofline(
         "compute": executed / chip.flops,
         "memory": moved / chip.memory_rate,
         "links": (sent - between) / chip.link_rate,
-        "slice_links": between / SLICE_LINK,
+        "slice_links": between / chip.slice_rate if between else 0.0,
     }
     slowest = max(seconds.values())
     return {
@@ -190,6 +193,16 @@ def advice(
         found.append(f"smaller pieces: batch.micro_batches={more} … {most} (now {pieces})")
     found.append("cut parameters and optimizer into more parts: a larger topology (mesh.fsdp=-1)")
     return found
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    """The program; "" if jaxlib cannot read what a TPU compiler of another version wrote."""
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        if "INTERNAL" not in str(error):
+            raise
+        return ""
 
 
 def _memory(analysis: Any) -> dict[str, Any]:

@@ -105,17 +105,32 @@ def _tower_flops(program: Program, images: Vision) -> float:
 
 
 def _products(jaxpr: Jaxpr) -> float:
-    """FLOPs of the matrix products of a jaxpr; the bodies of scans as often as they run."""
+    """FLOPs of the matrix products of a jaxpr; the bodies of scans as often as they run.
+
+    A Pallas kernel counts as if it worked on all blocks of its grid, also those that it skips.
+    """
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracting, _), _ = eqn.params["dimension_numbers"]
             (left, _), (out,) = _shapes(eqn.invars), _shapes(eqn.outvars)
             total += 2.0 * prod(out) * prod(left[axis] for axis in contracting)
-        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        times = _times(eqn)
         inner = [_products(sub) for value in eqn.params.values() for sub in _jaxprs(value)]
         total += times * (max(inner, default=0.0) if eqn.primitive.name == "cond" else sum(inner))
     return total
+
+
+def _times(eqn: Any) -> int:
+    """How often the body of an operation runs, on all devices together."""
+    match eqn.primitive.name:
+        case "scan":
+            return eqn.params["length"]
+        case "shard_map":
+            return eqn.params["mesh"].size
+        case "pallas_call":
+            return prod(eqn.params["grid_mapping"].grid)
+    return 1
 
 
 def _shapes(variables: Sequence[Any]) -> list[tuple[int, ...]]:

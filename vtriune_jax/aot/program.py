@@ -77,8 +77,9 @@ def build(config: Any, mesh: Mesh) -> Program:
 
 def model_config(config: Any) -> ModelConfig:
     """The sizes of the config's model, and how it computes."""
-    found = replace(_sizes(config.model), dtype=config.model.dtype, remat=config.model.remat)
-    return replace(found, lora=lora.from_keys(config.model.lora))
+    keys = config.model
+    how = {key: keys[key] for key in ("dtype", "remat", "attention")}
+    return replace(_sizes(keys), **how, lora=lora.from_keys(keys.lora))
 
 
 def rows_of(keys: Any, stage: Stage, model: ModelConfig, vision_frozen: bool, shards: int) -> Rows:

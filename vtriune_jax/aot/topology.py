@@ -1,8 +1,10 @@
 """Devices to compile for, present or not, and what one of them can do.
 
-Peaks are those of the makers' data sheets: Google's pages "TPU v5e", "TPU v5p", "TPU v6e" and
-"TPU7x" (cloud.google.com/tpu/docs; a TPU7x chip is two devices) and NVIDIA's data sheets of A100,
-H100 and H200 (SXM, dense bfloat16). Limits of TPU memory are what the compiler allows itself.
+Peaks are those of the makers' data sheets: Google's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e"
+and "TPU7x" (docs.cloud.google.com/tpu/docs; a TPU7x chip is two devices; links of v4: "TPU v4: An
+Optically Reconfigurable Supercomputer", six of 50 GB/s) and NVIDIA's data sheets of A100, H100 and
+H200 (SXM, dense bfloat16). Google gives links in both directions together, here is one. Limits of
+TPU memory are what the compiler allows itself.
 """
 
 from __future__ import annotations
@@ -30,14 +32,18 @@ class Chip:
     link_rate: float
     memory: int | None = None
     """None: the device is here, and is asked."""
+    slice_rate: float = 0.0
+    """Bytes/s between TPU slices, over the data-centre network; 0: not known."""
 
 
 TPUS = {
-    # name: Chip(bfloat16 peak, HBM, all inter-chip links together in one direction, usable HBM)
-    "v5e": Chip(197e12, 819 * GB, 200 * GB, int(15.75 * GIB)),
-    "v5p": Chip(459e12, 2765 * GB, 600 * GB, int(95.74 * GIB)),
-    "v6e": Chip(918e12, 1638 * GB, 400 * GB, int(31.25 * GIB)),
-    "tpu7x": Chip(1153e12, 3690 * GB, 300 * GB, int(94.75 * GIB)),
+    # name: Chip(bfloat16 peak, HBM, all inter-chip links together in one direction, usable HBM,
+    # data-centre network: 50 Gb/s a chip of v5p, 100 of v6e and TPU7x, 2 × 100 for 8 chips of v5e)
+    "v4": Chip(275e12, 1200 * GB, 300 * GB, int(30.75 * GIB)),
+    "v5e": Chip(197e12, 819 * GB, 200 * GB, int(15.75 * GIB), 3.125 * GB),
+    "v5p": Chip(459e12, 2765 * GB, 600 * GB, int(95.74 * GIB), 6.25 * GB),
+    "v6e": Chip(918e12, 1638 * GB, 400 * GB, int(31.25 * GIB), 12.5 * GB),
+    "tpu7x": Chip(1153e12, 3690 * GB, 300 * GB, int(94.75 * GIB), 6.25 * GB),
 }
 GPUS = {
     # part of the device's name: Chip(bfloat16 peak, HBM, NVLink in one direction)
@@ -47,8 +53,6 @@ GPUS = {
 }
 CPU = Chip(1e11, 20 * GB, 10 * GB)
 """A round number per pretended device, so that the arithmetic has something to work on."""
-SLICE_LINK = 25 * GB
-"""Bytes/s of a device between slices: data-centre network, 4 devices to a 100 GB/s host."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ def prepare(name: str) -> None:
 def get(name: str, slices: int = 1) -> Topology:
     """The devices of "v5p:2x2x4", "cpu:8" or "local"; UserError where there are none such."""
     kind, _, shape = name.partition(":")
-    if slices > 1 and kind not in TPUS:
-        raise UserError(f"--num_slices={slices} is for TPUs; {name} has no slices")
+    if slices > 1 and not (kind in TPUS and TPUS[kind].slice_rate):
+        raise UserError(f"--num_slices={slices} is for TPUs from v5e on, not for {name}")
     if kind in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
         return Topology(name, _tpus(name, slices), TPUS[kind], TPUS[kind].memory or 0, slices)
     if re.fullmatch(r"cpu:[1-9]\d*|local", name):
@@ -97,6 +101,8 @@ def get(name: str, slices: int = 1) -> Topology:
 
 def _tpus(name: str, slices: int) -> Sequence[Any]:
     more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if name.startswith("v4:"):
+        more["chip_config_name"] = "megacore"  # a chip is one device, as on a machine that has it
     try:
         found = topologies.get_topology_desc(topology_name=name, platform="tpu", **more).devices
     except jax.errors.JaxRuntimeError as error:

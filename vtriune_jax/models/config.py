@@ -10,6 +10,8 @@ from typing import Any
 from vtriune_jax.errors import UserError
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
+REMAT = ("none", "dots", "attention", "full")
+ATTENTION = ("auto", "xla", "splash", "triton", "cudnn")
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,9 @@ class ModelConfig:
     dtype: str = "float32"
     """Of activations; parameters stay float32 and are cast inside each layer."""
     remat: str = "none"
-    """What the backward pass recomputes: "none", or every layer from its input, "full"."""
+    """What the backward pass recomputes: see `layers.remat`."""
+    attention: str = "auto"
+    """The kernel: see `attention.attention`."""
     lora: LoRAConfig | None = None
     """Adapters of the language layers, if any. They are ours: a checkpoint folder has none."""
 
@@ -288,8 +292,11 @@ def _check(config: ModelConfig) -> None:
     vision, text = config.vision, config.text
     window = vision.patch_size * vision.merge_size
     wrong = {
-        f"remat={config.remat!r} is unknown; choose 'none', 'dots' or 'full'": config.remat
-        not in ("none", "dots", "full"),
+        f"remat={config.remat!r} is unknown; choose one of {', '.join(REMAT)}": config.remat
+        not in REMAT,
+        f"attention={config.attention!r} is unknown; choose one of {', '.join(ATTENTION)}": (
+            config.attention not in ATTENTION
+        ),
         f"dtype={config.dtype!r} is unknown; choose 'float32' or 'bfloat16'": config.dtype
         not in ("float32", "bfloat16"),
         f"text heads {text.heads} do not divide the width {text.embed}": text.embed % text.heads,

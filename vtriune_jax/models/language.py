@@ -13,13 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from vtriune_jax.models.attention import KV, attention, decode_attention
 from vtriune_jax.models.config import ModelConfig, TextConfig
 from vtriune_jax.models.layers import (
-    ATTENDED,
     Linear,
     RMSNorm,
     SwiGLU,
@@ -97,7 +95,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig):
         text = config.text
         self.config = text
-        self.dtype, self.remat = config.dtype, config.remat
+        self.dtype, self.remat, self.attention = config.dtype, config.remat, config.attention
         self.embed = Embedding(text.vocab, text.embed)
         self.layers = stack(adapt(Layer(text), config.lora), text.layers)
         self.norm = RMSNorm(text.embed, text.norm_eps)
@@ -155,8 +153,9 @@ class LanguageModel(nnx.Module):
         def layer(x: Array, params: Any) -> tuple[Array, Any]:
             this: Layer = build(params)
             query, key, value = this.attn.qkv(this.attn_norm(x), angles)
-            attended = attention(query, key, value, segments, causal=True, slots=slots)
-            attended = checkpoint_name(attended, ATTENDED)
+            attended = attention(
+                query, key, value, segments, causal=True, slots=slots, kernel=self.attention
+            )
             return this.finish(x, attended), keep(key, value)
 
         x, kept = jax.lax.scan(remat(layer, self.remat), x, stacked)

@@ -23,7 +23,9 @@ class Qwen2_5_VL(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         self.config = config
-        self.visual = VisionTower(config.vision, dtype=config.dtype, remat=config.remat)
+        self.visual = VisionTower(
+            config.vision, dtype=config.dtype, remat=config.remat, kernel=config.attention
+        )
         self.language = LanguageModel(config)
 
     def encode(self, vision: Vision) -> Float[Array, "rows units embed"]:

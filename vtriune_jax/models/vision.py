@@ -13,13 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from vtriune_jax.models.attention import attention
 from vtriune_jax.models.config import VisionConfig
 from vtriune_jax.models.layers import (
-    ATTENDED,
     Linear,
     RMSNorm,
     SwiGLU,
@@ -62,8 +60,8 @@ def vision_angles(
 class VisionAttention(nnx.Module):
     """Multi-head attention without causality, inside equal segments."""
 
-    def __init__(self, config: VisionConfig):
-        self.heads = config.heads
+    def __init__(self, config: VisionConfig, kernel: str):
+        self.heads, self.kernel = config.heads, kernel
         self.qkv = Linear(config.embed, 3 * config.embed, bias=True)
         self.proj = Linear(config.embed, config.embed, bias=True)
 
@@ -77,17 +75,17 @@ class VisionAttention(nnx.Module):
         rows, tokens, embed = x.shape
         qkv = self.qkv(x).reshape(rows, tokens, 3, self.heads, -1)
         query, key, value = (qkv[:, :, i] for i in range(3))
-        out = attention(rotate(query, angles), rotate(key, angles), value, segments, causal=False)
-        out = checkpoint_name(out, ATTENDED)
+        query, key = rotate(query, angles), rotate(key, angles)
+        out = attention(query, key, value, segments, causal=False, kernel=self.kernel)
         return self.proj(out.reshape(rows, tokens, embed))
 
 
 class VisionBlock(nnx.Module):
     """Pre-norm attention and SwiGLU; what counts as a row (window or image row) is the caller's."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig, kernel: str):
         self.norm1 = RMSNorm(config.embed, NORM_EPS)
-        self.attn = VisionAttention(config)
+        self.attn = VisionAttention(config, kernel)
         self.norm2 = RMSNorm(config.embed, NORM_EPS)
         self.mlp = SwiGLU(config.embed, config.mlp, bias=True)
 
@@ -120,11 +118,11 @@ class Merger(nnx.Module):
 class VisionTower(nnx.Module):
     """Patches in windows → one feature per unit, in the same order."""
 
-    def __init__(self, config: VisionConfig, *, dtype: str, remat: str):
+    def __init__(self, config: VisionConfig, *, dtype: str, remat: str, kernel: str):
         self.config, self.dtype = config, dtype
         self.remat = remat
         self.patch_embed = Linear(config.patch, config.embed, bias=False)
-        self.blocks = stack(VisionBlock(config), config.depth)
+        self.blocks = stack(VisionBlock(config, kernel), config.depth)
         self.merger = Merger(config)
 
     def __call__(self, vision: Vision) -> Float[Array, "rows units out"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -69,7 +70,8 @@ def policy_logps(
     The mask is the batch's without tokens that are never sampled. The entropy has a gradient only
     if the loss asks for it.
     """
-    model = merge(graphdef, _gather_table(params, mesh))
+    model = merge(graphdef, params)
+    model = merge(graphdef, _gather_vocabulary(params, mesh, model.config.dtype))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for the layers' `on_rows`
         features, image_index = _features(model, batch)
         hidden = model(
@@ -81,11 +83,9 @@ def policy_logps(
             slots=_slots(batch),
         )
     states, targets = _completions(hidden, batch)
-    # Whole over fsdp before the chunks, not in each of them.
-    head = jax.lax.with_sharding_constraint(model.head(), NamedSharding(mesh, P(None, "tensor")))
     logps, entropy = token_logps(
         states,
-        head,
+        model.head(),
         targets,
         temperature=loss.temperature,
         banned_ids=loss.banned_ids,
@@ -168,13 +168,50 @@ def _without_adapters(params: Any) -> Any:
     return unflatten(flat | off)
 
 
-def _gather_table(params: Any, mesh: Mesh) -> Any:
-    """The embedding table made whole over fsdp.
+def _gather_vocabulary(params: Any, mesh: Mesh, dtype: str) -> Any:
+    """The embedding table and the head made whole over fsdp, once for all that is done with them.
 
     A lookup in a table whose width is cut gives activations whose width is cut, and the partitioner
-    then keeps them so through all layers, on all rows: the opposite of what fsdp is for.
+    then keeps them so through all layers, on all rows: the opposite of what fsdp is for. And the
+    head would be gathered for every chunk of logits.
     """
-    table = params["language"]["embed"]["embedding"]
-    table = jax.lax.with_sharding_constraint(table, NamedSharding(mesh, P("tensor", None)))
-    language = params["language"] | {"embed": {"embedding": table}}
+    language = dict(params["language"])
+    for name, leaf, whole in (
+        ("embed", "embedding", ("tensor", None)),
+        ("head", "kernel", (None, "tensor")),
+    ):
+        if name in language:
+            matrix = language[name][leaf]
+            cut = sharding.spec(f"language/{name}/{leaf}", matrix.shape, mesh)
+            places = NamedSharding(mesh, P(*whole)), NamedSharding(mesh, cut)
+            language[name] = {leaf: _gather(matrix, dtype, *places)}
     return params | {"language": language}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(
+    matrix: Float[Array, "height width"], dtype: str, whole: NamedSharding, cut: NamedSharding
+) -> Float[Array, "height width"]:
+    """The matrix as `whole` says, rounded to `dtype` on the way, in which all use it anyway.
+
+    Its gradient is added up over devices unrounded, and each gets its part, as `cut` says.
+    """
+    rounded = jax.lax.with_sharding_constraint(matrix.astype(dtype), cut)
+    rounded = jax.lax.with_sharding_constraint(rounded, whole)
+    # The barrier, as XLA takes a way to a narrow type and back for nothing.
+    return jax.lax.optimization_barrier(rounded).astype(matrix.dtype)
+
+
+def _gather_forward(
+    matrix: Array, dtype: str, whole: NamedSharding, cut: NamedSharding
+) -> tuple[Array, None]:
+    return _gather(matrix, dtype, whole, cut), None
+
+
+def _gather_backward(
+    dtype: str, whole: NamedSharding, cut: NamedSharding, kept: None, gradient: Array
+) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(gradient, cut),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

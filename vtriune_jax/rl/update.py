@@ -85,7 +85,9 @@ def make_update(
 
     def checked(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         sharding.check_rows(batch.ids.shape[0], mesh, micro_batches)  # before jit complains of it
-        return jitted(state, jax.device_put(batch, rows_place))  # features may lie elsewhere
+        batch = jax.device_put(batch, rows_place)  # features may lie elsewhere
+        with jax.transfer_guard("disallow"):  # whatever else came from the host would cost a wait
+            return jitted(state, batch)
 
     return checked
 

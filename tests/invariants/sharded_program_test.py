@@ -1,0 +1,50 @@
+"""What devices send each other in an update, and kernels that each device runs on its part."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def report():
+    """Eight devices need their own process: their number is fixed when jax starts."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_ENABLE_COMPILATION_CACHE": "0",  # what is read from it is not partitioned again
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(HERE.parents[1]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", HERE / "sharded_program.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_parameters_are_gathered_in_bfloat16(report):
+    gathers = [shape for shape in report["collectives"]["all-gather"] if shape[:3] != "s32"]
+    assert len(gathers) >= 15  # the seven matrices of a layer, forward and back, table and head
+    assert {shape.split("[")[0] for shape in gathers} == {"bf16"}
+    assert {"bf16[64,32]", "bf16[32,64]"} <= set(gathers)
+
+
+def test_gradients_are_added_up_in_float32(report):
+    sums = report["collectives"]["all-reduce"]
+    assert {shape.split("[")[0] for shape in sums} == {"f32"}
+    assert {"f32[32,48]", "f32[32]", "f32[16]"} <= set(sums)  # a matrix, a norm, a bias
+
+
+def test_a_kernel_on_every_device_gives_what_xla_gives_on_one(report):
+    assert len(report["errors"]) == 3
+    assert max(report["errors"].values()) < 1e-5, report["errors"]
