@@ -61,7 +61,7 @@ def parse_boxes(text: str) -> list[LabelledBox]:
     that was cut off, the complete objects count. Objects without four ordered finite numbers and a
     label are dropped, and so are repetitions of the same coordinates. Empty without such a list.
     """
-    boxes: dict[tuple[float, ...], str] = {}
+    boxes: dict[tuple[float, float, float, float], str] = {}
     for entry in parse_list(text):
         if not isinstance(entry, dict):
             continue
@@ -148,4 +148,3 @@ def _to_json(text: str) -> str:
 def _unnest(value: list[Any]) -> list[Any]:
     """Remove one superfluous pair of brackets."""
     return value[0] if len(value) == 1 and isinstance(value[0], list) else value
-

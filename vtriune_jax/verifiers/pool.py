@@ -26,7 +26,7 @@ from vtriune_jax.verifiers.worker import Call
 
 CHUNK = 64
 """Completions in one message to a worker, if there are no more for every worker."""
-LARGEST_CHUNK = 256
+LARGEST_CHUNK = 512
 """Completions in one message to a worker at most. Judging many together costs less for each."""
 _IMPORT_LIMIT = 120.0
 """Seconds for a worker to start and import a verifier on a machine busy with other things."""
@@ -166,9 +166,7 @@ class Pool:
         """
         return self._add([(module, "verify", (tuple(args), {})) for module, args in calls])
 
-    def call(
-        self, module: str, function: str, *args: Any, **keywords: Any
-    ) -> Future[list[Answer]]:
+    def call(self, module: str, function: str, *args: Any, **keywords: Any) -> Future[list[Answer]]:
         """The same for any other function of a module: one answer."""
         return self._add([(module, function, (args, keywords))])
 
