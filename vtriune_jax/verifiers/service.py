@@ -4,16 +4,15 @@ and has the rest judged in the pool. It lives on one event loop and never blocks
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 from vtriune_jax.types import Verdict
 from vtriune_jax.verifiers import known_verifiers
 from vtriune_jax.verifiers.cache import Cache, content
 from vtriune_jax.verifiers.item import Item
+from vtriune_jax.verifiers.pool import Answer
 from vtriune_jax.verifiers.router import Router
 from vtriune_jax.verifiers.telemetry import Telemetry
 from vtriune_jax.verifiers.worker import describe
@@ -132,15 +131,11 @@ class Service:
         return [found[key] for key in keys]
 
     async def _scored(self, items: Sequence[Item]) -> list[Verdict]:
-        answers = self._router.submit(items)
-        await _all_done([answer for answer in answers if isinstance(answer, Future)])
+        answers = await asyncio.wrap_future(self._router.submit(items))
         return self._router.collect(items, answers)
 
     async def _judgement(self, request: Mapping[str, Any]) -> dict[str, Any] | str:
-        call = self._router.pool.call
-        answer = call(_JUDGE, "judge", request, **self._judge_as)
-        await _all_done([answer])
-        judged = answer.result()
+        judged = await self._called("judge", request, **self._judge_as)
         if isinstance(judged, str) and judged.startswith("UserError: "):
             return judged.removeprefix("UserError: ")
         status = "ok" if isinstance(judged, Mapping) else "error"
@@ -148,33 +143,11 @@ class Service:
             if isinstance(judged, TimeoutError):
                 status = "timeout"
             reason = judged if isinstance(judged, str) else describe(judged)
-            answer = call(_JUDGE, "unjudged", request, reason, compat=self._compat)
-            await _all_done([answer])
-            judged = answer.result()
+            judged = await self._called("unjudged", request, reason, compat=self._compat)
         self.telemetry.completions["judge", status] += 1
         return dict(judged) if isinstance(judged, Mapping) else str(judged)
 
-
-async def _all_done(answers: Sequence[Future[Any]]) -> None:
-    """Wait for futures of other threads, waking the loop once instead of once each."""
-    loop, done = asyncio.get_running_loop(), asyncio.Event()
-    missing, lock = len(answers), threading.Lock()
-
-    def count(_: Future[Any]) -> None:
-        nonlocal missing
-        with lock:
-            missing -= 1
-            last = not missing
-        if last:
-            loop.call_soon_threadsafe(done.set)
-
-    if not answers:
-        return
-    for answer in answers:
-        answer.add_done_callback(count)
-    try:
-        await done.wait()
-    except asyncio.CancelledError:
-        for answer in answers:
-            answer.cancel()
-        raise
+    async def _called(self, function: str, *args: Any, **keywords: Any) -> Answer:
+        """What a function of `judge` returns in a worker."""
+        call = self._router.pool.call(_JUDGE, function, *args, **keywords)
+        return (await asyncio.wrap_future(call))[0]

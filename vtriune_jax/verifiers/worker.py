@@ -26,6 +26,9 @@ MEMORY_LIMIT = 2**30
 only reserved, as JAX and malloc do by the gigabyte, does not count."""
 _RETIREMENT = MEMORY_LIMIT // 2
 """Resident bytes with which a worker asks to be replaced, lest its next task find no memory."""
+_GARBAGE = 50_000
+"""New objects after which garbage is looked for: more than a chunk of lists of boxes has at once.
+By Python's default of 700, half the time of judging them would go into looking."""
 _STATM = Path("/proc/self/statm")
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -84,6 +87,7 @@ def main(fd: int) -> None:
     """
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    gc.set_threshold(_GARBAGE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     # The other end may close while we answer, too, if its process was killed.
     with contextlib.suppress(EOFError, ConnectionError), socket.socket(fileno=fd) as parent:
