@@ -97,6 +97,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None, wa
     )
     alarm.daemon = True
     alarm.start()
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     try:
         jax.distributed.initialize(
             coordinator, processes, process, initialization_timeout=wait + 60
