@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from vtriune_jax.errors import UserError
 from vtriune_jax.models.kernels import xla
 from vtriune_jax.models.kernels.slots import attend_apart
+
+Implementation = Literal["cudnn", "xla"]
+"""Of `jax.nn.dot_product_attention`; the second one is for tests without a GPU."""
 
 
 def attention(
@@ -21,7 +25,7 @@ def attention(
     *,
     causal: bool,
     slots: tuple[int, int] | None = None,
-    implementation: str = "cudnn",
+    implementation: Implementation = "cudnn",
 ) -> Float[Array, "rows tokens heads head_dim"]:
     """As `models.attention.attention`.
 
@@ -58,12 +62,14 @@ def _by_lengths(
     real: Bool[Array, "rows tokens"],
     *,
     causal: bool,
-    implementation: str,
+    implementation: Implementation,
 ) -> Array:
     order = jnp.argsort(~real, axis=1, stable=True)  # the row's tokens, then the padding
     lengths = jnp.maximum(real.sum(1, dtype=jnp.int32), 1)  # a sum over no keys is no number
     out = jax.nn.dot_product_attention(
-        *(_take(x, order) for x in (query, key, value)),
+        _take(query, order),
+        _take(key, order),
+        _take(value, order),
         is_causal=causal,
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,

@@ -56,19 +56,21 @@ def attention(
     """
     _, tokens, heads, head_dim = query.shape
     block = BLOCK if tokens >= BLOCK else SMALL_BLOCK
+    forward = dict.fromkeys(("block_q", "block_kv", "block_kv_compute"), block)
+    backward = ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
     more = -tokens % block
 
     def prepare(x: Array) -> Array:
         return jnp.pad(jnp.swapaxes(x, 1, 2), [(0, 0), (0, 0), (0, more), (0, 0)])
 
-    run = splash.make_splash_mha_single_device(
+    run: Any = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([_mask(tokens + more, tokens, causal, slots)] * heads),
-        block_sizes=splash.BlockSizes(*[block] * 8),
+        block_sizes=splash.BlockSizes(**forward, **dict.fromkeys(backward, block)),
         residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )
     ids = jnp.pad(segments, [(0, 0), (0, more)])
-    out = jax.vmap(run)(
+    out: Any = jax.vmap(run)(
         prepare(query * head_dim**-0.5), prepare(key), prepare(value), splash.SegmentIds(ids, ids)
     )
     return jnp.swapaxes(out[:, :, :tokens], 1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
@@ -41,7 +42,7 @@ def attention(
     def prepare(x: Array) -> Array:
         return jnp.pad(x, [(0, 0), (0, more), (0, 0), (0, wider)])
 
-    out = mha(
+    out: Any = mha(
         prepare(query),
         prepare(jnp.repeat(key, copies, axis=2)),
         prepare(jnp.repeat(value, copies, axis=2)),
