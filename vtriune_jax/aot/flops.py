@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from vtriune_jax.aot.program import Program
 from vtriune_jax.models import weights
@@ -48,9 +49,12 @@ def model_flops(program: Program) -> float:
 
 
 def executed_flops(program: Program) -> float:
-    """FLOPs of all matrix products that the update contains, those that are repeated included."""
-    traced = program.update.trace(program.state, program.batch)
-    return _products(traced.jaxpr.jaxpr)
+    """FLOPs of all matrix products that the update contains, those that are repeated included.
+
+    What nothing needs, such as the gradient of a frozen matrix, is left out, as XLA does.
+    """
+    jaxpr = program.update.trace(program.state, program.batch).jaxpr.jaxpr
+    return _products(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def largest_arrays(program: Program, count: int) -> list[tuple[float, str, str]]:
