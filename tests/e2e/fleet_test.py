@@ -99,4 +99,4 @@ def test_no_server_is_left(start, keys, tmp_path, capsys):
     assert main(arguments(tmp_path / "run", **keys, **more, **asked([server]))) == 2
     said = capsys.readouterr().err
     assert server.address in said
-    assert "rollout" in said
+    assert "HTTP 500" in said

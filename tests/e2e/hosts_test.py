@@ -60,6 +60,7 @@ def assert_equal(workdir, reference):
     assert len(got) == len(want) == 3
     for record, expected in zip(got, want, strict=True):
         assert record.keys() == expected.keys()
+        assert record.pop("stage") == expected.pop("stage")
         for name, value in timeless(expected).items():
             near = name.startswith(("reward", "length", "correct", "skipped", "dropped"))
             tolerance = {"rel": 1e-12} if near else {"rel": 1e-5, "abs": 1e-6}
@@ -77,14 +78,14 @@ def test_two_processes_are_like_one(one, two):
     assert len(summary(two)["devices"]) == 2
     lines = records(one)
     assert lines[0]["skipped_rows"] > 0
-    assert [line["skipped_steps"] for line in lines] == [0, 0, 0]
     assert max(line["dropped_groups"] for line in lines[1:]) > 0
     assert max(line["grad_norm"] for line in lines[1:]) > 0
 
 
 def test_one_of_them_writes_and_it_writes_all(one, two):
     """The report's samples too, though the other process has half of them."""
-    assert sorted(path.name for path in two.iterdir()) == sorted(p.name for p in one.iterdir())
+    files = {path.name for path in one.iterdir()}
+    assert {path.name for path in two.iterdir()} == files | {"timeline1.json"}
     assert (two / "progress.log").read_text().count("\n") == 3
     pictures = [
         [path.read_bytes() for path in sorted((w / "samples").iterdir())] for w in (one, two)

@@ -233,7 +233,10 @@ class Errand:
 
     def _give_up(self, why: str) -> UserError:
         sample = self.prompt.sample
-        return UserError(f"sample {sample.id} of {sample.data_source} cannot be completed: {why}")
+        return UserError(
+            f"rollout: sample {sample.id} of {sample.data_source} cannot be completed: {why}; the "
+            "server's log may say more"
+        )
 
     def _abort(self, server: Server, rid: str) -> None:
         async def abort() -> None:
