@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "models": ["types"],
     "data": ["types", "models.layout", "models.config"],
     "verifiers": ["types", "rewards"],
-    "rollout": ["types", "models", "sharding"],
+    "rollout": ["types", "models", "sharding", "hosts"],
     "rollout.simulate": ["rollout", "models", "config", "commands", "main"],  # an entry point
     "rl": ["types", "models", "sharding", "optim"],
     "sharding": ["types"],

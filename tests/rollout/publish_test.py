@@ -329,4 +329,4 @@ def test_sharded_parameters_of_one_host_or_two(processes, checkpoint, model, tmp
     assert said[0][4] == {"left": []}
     assert "No space left on device" in said[-1][3]["error"]
     if processes > 1:
-        assert "on host 1" in said[0][3]["error"]
+        assert said[0][3]["error"].startswith("process 1: cannot write weights to")

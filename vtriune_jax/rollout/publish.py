@@ -28,9 +28,9 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vtriune_jax import hosts
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import ModelConfig, abstract, weights, writing
 from vtriune_jax.models.files import PIECE, Written
@@ -106,7 +106,7 @@ class Publisher:
         names = writing.name_slots(self._slots.values())
         self._placed = {key: names[slot] for key, slot in self._slots.items()}
         self._versions: list[int] = []
-        if _is_first():
+        if hosts.is_first():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for left in self.folder.glob(f".{_VERSION_GLOB}"):
@@ -128,9 +128,11 @@ class Publisher:
         folder = self.folder / _VERSION.format(version)
         scratch = folder.with_name(f".{folder.name}.part")
         wanted = self._changing if self._versions else [*self._changing, *self._constant]
-        self._together(scratch, lambda: scratch.mkdir() if _is_first() else None)
+        self._together(scratch, lambda: scratch.mkdir() if hosts.is_first() else None)
         report = self._together(scratch, lambda: self._write(scratch, flat, wanted))
-        self._together(scratch, lambda: self._complete(scratch, folder) if _is_first() else None)
+        self._together(
+            scratch, lambda: self._complete(scratch, folder) if hosts.is_first() else None
+        )
         self._versions = [each for each in self._versions if each != version] + [version]
         numbers = sum(math.prod(part.shape) for part in wanted)
         return Published(
@@ -147,7 +149,7 @@ class Publisher:
 
         All processes call this together.
         """
-        used = gathered([version in in_use for version in self._versions])
+        used = np.array(hosts.gather([version in in_use for version in self._versions]), bool)
         newest = self._versions[-self._keep :]
         self._versions = [
             version
@@ -155,7 +157,7 @@ class Publisher:
             if used[:, i].any() or version in newest
         ]
         kept = {_VERSION.format(version) for version in self._versions}
-        if _is_first():
+        if hosts.is_first():
             for old in self.folder.glob(_VERSION_GLOB):
                 if old.name not in kept:
                     _remove(old)
@@ -231,21 +233,19 @@ class Publisher:
 
     def _together(self, scratch: Path, work: Callable[[], T]) -> T:
         """The result of the work on all processes; UserError on all if it fails on one."""
-        error, results = None, []
         try:
-            results.append(work())
-        except OSError as failure:
-            error = failure
-        failed = gathered([error is not None])[:, 0]
-        if failed.any():
-            if _is_first():
+            with hosts.together():
+                try:
+                    return work()
+                except OSError as error:
+                    raise UserError(
+                        f"cannot write weights to {self.folder} ({error.strerror or error}); free "
+                        "space, or choose another folder, which all hosts share"
+                    ) from error
+        except UserError:
+            if hosts.is_first():
                 shutil.rmtree(scratch, ignore_errors=True)
-            said = (error.strerror or str(error)) if error else f"on host {failed.argmax()}"
-            raise UserError(
-                f"cannot write weights to {self.folder} ({said}); free space, or choose another "
-                "folder, which all hosts share"
-            )
-        return results[0]
+            raise
 
 
 def check_like(reference: Path, ours: Mapping[str, tuple[int, ...]], *, tied: bool = False) -> None:
@@ -289,21 +289,8 @@ def measured(file: Path) -> Written:
     return Written(size, crc32)
 
 
-def gathered(mine: Sequence[bool]) -> np.ndarray:
-    """What each process says, [processes, …]; all wait for each other."""
-    if jax.process_count() == 1:
-        return np.array([mine], bool)
-    return np.asarray(multihost_utils.process_allgather(np.array(mine, bool))).reshape(
-        jax.process_count(), len(mine)
-    )
-
-
 def _manifest(folder: Path) -> dict[str, list[int]]:
     return json.loads((folder / MANIFEST).read_text())["files"]
-
-
-def _is_first() -> bool:
-    return jax.process_index() == 0
 
 
 def _link(old: Path, new: Path) -> None:

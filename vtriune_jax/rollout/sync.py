@@ -17,10 +17,11 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vtriune_jax import hosts
 from vtriune_jax.errors import UserError
 from vtriune_jax.rollout.fleet import Fleet
 from vtriune_jax.rollout.probe import Expected, Finding, Probe
-from vtriune_jax.rollout.publish import Publisher, gathered
+from vtriune_jax.rollout.publish import Publisher
 from vtriune_jax.rollout.servers import Server
 from vtriune_jax.rollout.trouble import TROUBLE, ServerError, Unfit, refusal
 
@@ -85,7 +86,9 @@ class WeightSync:
         done = time.monotonic()
         findings, silent = self._fleet.run(self._ask(updated, target)).result()
         probed = time.monotonic()
-        agree(self._problem(findings))
+        with hosts.together():
+            if problem := self._problem(findings):
+                raise UserError(problem)
         in_use = {server.version for server in self._fleet.servers()}
         self._publisher.collect({int(each) for each in in_use if each.isdecimal()})
         return {
@@ -193,10 +196,3 @@ class WeightSync:
 
     async def _post(self, server: Server, path: str, body: dict[str, Any]) -> Any:
         return await self._fleet.post(server, path, body, timeout=self._deadline)
-
-
-def agree(problem: str | None) -> None:
-    """UserError on all processes if one of them has a problem."""
-    has = gathered([problem is not None])[:, 0]
-    if has.any():
-        raise UserError(problem or f"weight sync: host {has.argmax()} says what is wrong")
