@@ -59,7 +59,8 @@ def impatient(monkeypatch):
 def child_of(process, module):
     """The newest living child process that runs a module of the verifiers."""
     children = [c for c in process.children() if c.status() != psutil.STATUS_ZOMBIE]
-    return [c for c in children if f"vtriune_jax.verifiers.{module}" in c.cmdline()][-1]
+    found = [c for c in children if f"vtriune_jax.verifiers.{module}" in c.cmdline()]
+    return max(found, key=lambda child: child.create_time())
 
 
 def stop(process, then_kill=False):
