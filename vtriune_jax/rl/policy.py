@@ -123,9 +123,10 @@ def _features(model: Any, batch: Any) -> tuple[Array | None, Array]:
     """The features of a row's prompts one behind the other, and the index of tokens into them."""
     features = batch.features
     if batch.vision is not None:
-        each = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.vision)
+        rows, n = batch.vision.segments.shape[:2]
+        each = jax.tree.map(lambda x: x.reshape(rows * n, *x.shape[2:]), batch.vision)
         features = model.encode(each)
-        features = features.reshape(*batch.vision.segments.shape[:2], *features.shape[1:])
+        features = features.reshape(rows, n, *features.shape[1:])
     if features is None:
         return None, batch.image_index
     rows, _, units, width = features.shape
