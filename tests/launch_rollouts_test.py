@@ -123,7 +123,7 @@ def test_the_list_appears_when_all_answer_and_goes_with_the_servers(stub, model)
         groups = pids(folder)
         assert len({*groups, os.getpgid(process.pid)}) == 3
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == 143
+        assert process.wait(timeout=60) == 143
         assert listed(folder) is None
         assert not any(map(group_lives, groups))
 
@@ -133,7 +133,7 @@ def test_ctrl_c_ends_servers_that_do_not_hear_sigterm(stub, model):
         until(lambda: listed(folder))
         groups = pids(folder)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=10) == 130
+        assert process.wait(timeout=60) == 130
         assert not any(map(group_lives, groups))
 
 
@@ -157,7 +157,7 @@ def test_without_restart_the_others_go_on_until_none_is_left(stub, model):
         os.kill(groups[0], signal.SIGKILL)
         until(lambda: listed(folder) == [second])
         os.kill(groups[1], signal.SIGKILL)
-        assert process.wait(timeout=10) == 2
+        assert process.wait(timeout=60) == 2
         errors = process.stderr.read()
         assert "server 0 has ended; the others go on" in errors
         assert errors.endswith("error: no server is left\n")
@@ -168,7 +168,7 @@ def test_a_server_that_does_not_start_ends_all_with_its_log(stub, model):
     port = free_ports()
     broken = {"STUB_BROKEN": str(port + 1), "STUB_SLOW": "60"}
     with running(stub, model, f"--port={port}", **broken) as (process, folder):
-        assert process.wait(timeout=10) == 2
+        assert process.wait(timeout=60) == 2
         assert process.stderr.read().endswith(
             "server-1.log: out of memory\n"
             "error: server 1 ended before it answered /health; its log is above\n"
@@ -178,7 +178,7 @@ def test_a_server_that_does_not_start_ends_all_with_its_log(stub, model):
 
 def test_a_server_that_takes_too_long_ends_all_with_its_log(stub, model):
     with running(stub, model, "--timeout=1", STUB_SLOW="60") as (process, folder):
-        assert process.wait(timeout=10) == 2
+        assert process.wait(timeout=60) == 2
         errors = process.stderr.read()
         assert "server-0.log: serving launch/sglang_cpu/serve.py" in errors
         assert errors.splitlines()[-1] == (
