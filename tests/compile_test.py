@@ -35,7 +35,10 @@ KEYS = {
 
 def run(*words: str) -> subprocess.CompletedProcess:
     """In a process of its own: the number of devices is fixed when JAX starts."""
-    environment = os.environ | {"PYTHONPATH": str(configs.REPOSITORY)}
+    environment = os.environ | {
+        "PYTHONPATH": str(configs.REPOSITORY),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+    }
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "vtriune_jax.compile", *words],
         env=environment,

@@ -6,6 +6,8 @@ import pytest
 
 from vtriune_jax.aot import hlo
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 LOOP = """\
 HloModule jit_step, entry_computation_layout={(f32[8,16]{1,0})->f32[8,16]{1,0}}
 

@@ -12,6 +12,8 @@ from PIL import Image
 from tests.e2e.runs import arguments, params, records, summary
 from vtriune_jax.main import main
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 SOURCES = [f"digits_{task}" for task in ("counting", "detection", "grounding", "math", "ocr")]
 BOX_SOURCES = ["digits_detection", "digits_grounding"]
 

@@ -16,7 +16,7 @@ def report():
     """Eight devices need their own process: their number is fixed when jax starts."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         "JAX_ENABLE_COMPILATION_CACHE": "0",  # what is read from it is not partitioned again
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": str(HERE.parents[1]),

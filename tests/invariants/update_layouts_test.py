@@ -16,7 +16,6 @@ def printed():
     """Eight devices need their own process: their number is fixed when jax starts."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is what takes the time
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": str(HERE.parents[1]),
     }

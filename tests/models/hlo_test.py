@@ -12,6 +12,8 @@ from vtriune_jax import models
 from vtriune_jax.models.kernels.xla import BLOCKS
 from vtriune_jax.types import Vision
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 # 64 slots in a window, as in the real tower. So many windows that the square of their slots is
 # larger than all that the layers together keep for the gradient.
 ROWS, WINDOWS, SLOTS, HEADS = 2, 50, 64, 2

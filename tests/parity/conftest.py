@@ -1,6 +1,5 @@
 """Checkpoints that several parity tests share."""
 
-import jax
 import pytest
 
 from tests.parity.oracle import build, hf_config, text_config, vision_config
@@ -46,11 +45,3 @@ def oracle(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def talkative(tmp_path_factory):
     return build(hf_config(*TALKATIVE), tmp_path_factory.mktemp("talkative"), scale=6)
-
-
-@pytest.fixture(scope="module")
-def quick_compiles():
-    """Where every test has shapes of its own, XLA's optimisations take longer than they save."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -13,8 +13,6 @@ from vtriune_jax.models import layout
 TOLERANCE = 2e-4
 NUMBERS = [*range(20), *(pytest.param(n, marks=pytest.mark.slow) for n in range(20, 100))]
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_drawn(number, tmp_path):

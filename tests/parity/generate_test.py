@@ -10,6 +10,8 @@ from vtriune_jax.models import layout
 from vtriune_jax.rollout.choice import Sampling
 from vtriune_jax.rollout.local import LocalEngine
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 TOKENS, PROMPT_TOKENS = 64, 64
 ROWS = {
     "text": (),

@@ -6,6 +6,8 @@ import pytest
 from vtriune_jax import models
 from vtriune_jax.models import layout
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 TOLERANCE = 2e-4
 
 BATCH = [((1, 6, 10),), (), ((1, 8, 8), (1, 18, 10)), ((2, 4, 6), (1, 2, 2))]

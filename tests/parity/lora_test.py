@@ -10,6 +10,8 @@ from vtriune_jax.models import LoRAConfig, layout, lora, weights
 from vtriune_jax.rollout.choice import Sampling
 from vtriune_jax.rollout.local import LocalEngine
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 IMAGES = ((1, 6, 10),)
 
 

@@ -33,8 +33,6 @@ TOKENS, SHORTEST, COPIES = 64, 5, 2
 BANNED = (IMAGE, VIDEO, START, END)
 LOSS = LossConfig(old="rollout", temperature=0.8, banned_ids=BANNED)
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @dataclass(frozen=True)
 class Case:
@@ -54,7 +52,7 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=DRAWN, ids=DRAWN.values())
-def case(request, tmp_path_factory, quick_compiles):
+def case(request, tmp_path_factory):
     number = request.param
     oracle = draw_oracle(number, tmp_path_factory.mktemp("drawn"), scale=6)
     rows = draw_rows(number, DRAWN[number])

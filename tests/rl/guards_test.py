@@ -14,6 +14,8 @@ from vtriune_jax import models, sharding
 from vtriune_jax.rl import update as updates
 from vtriune_jax.rl.update import abstract_state, jit_update
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 VOCAB, CHUNK = 1009, 2  # tokens of each row whose logits may exist at once
 
 

@@ -51,7 +51,7 @@ def test_equals_dense_values_and_gradients(max_logits, temperature, banned):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
-def test_no_array_of_all_logits_when_chunked():
+def test_no_array_of_all_logits_when_chunked(optimised):
     hidden, head, targets, _ = inputs()
 
     def loss(hidden, head):

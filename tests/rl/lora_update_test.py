@@ -36,7 +36,7 @@ def products(update, state):
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_no_gradient_of_the_base_is_computed(remat):
+def test_no_gradient_of_the_base_is_computed(optimised, remat):
     config = replace(LORA, remat=remat)
     adapters_only, state, *_ = build(config=config)
     wanted = {tuple(sorted(shape)) for shape in MATRICES}

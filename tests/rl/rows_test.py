@@ -30,15 +30,6 @@ REMEMBER = optax.chain(optax.trace(decay=0.0), optax.scale(0.0))
 """An optimizer that only keeps the gradient."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Compiling is what takes the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @functools.cache
 def updating(loss, freeze, micro_batches):
     graphdef, params = tiny_update.model()

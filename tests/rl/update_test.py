@@ -28,15 +28,6 @@ def ratio(pair):
     return float(np.sum(pair[0]) / np.sum(pair[1]))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Compiling is what takes the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def grpo():
     update, state, graphdef, _ = build()
