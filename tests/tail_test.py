@@ -48,7 +48,9 @@ class Servers:
 
 def step(stream, servers):
     prompts, _ = stream.take()
-    return [group.prompt.number for group in stream.answer(servers.submit, prompts)]
+    groups = stream.answer(servers.submit, prompts)
+    stream.trained(groups)
+    return [group.prompt.number for group in groups]
 
 
 def test_stragglers_come_first_in_the_next_step_with_the_tokens_they_have():
