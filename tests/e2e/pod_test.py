@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.e2e.runs import arguments, params, records, summary, timeless
+from tests.e2e.runs import arguments, assert_near, learnt, records
 from tests.e2e.several import ended, run_all, started
 from tests.rollout.fake_sglang import FakeServer
 from vtriune_jax.main import main
@@ -75,27 +75,6 @@ def two(keys, tmp_path_factory):
 def finish(count, workdir, keys):
     for status, _, err in run_all(count, workdir, **keys):
         assert status == 0, err
-
-
-def learnt(record):
-    """A line without what tells how long things took, and of the servers."""
-    return {k: v for k, v in timeless(record).items() if not k.startswith(("rollout/", "sync/"))}
-
-
-def assert_near(workdir, reference):
-    got, want = records(workdir), records(reference)
-    assert len(got) == len(want)
-    for record, expected in zip(map(learnt, got), map(learnt, want), strict=True):
-        assert record.keys() == expected.keys()
-        assert record.pop("stage") == expected.pop("stage")
-        for name, value in expected.items():
-            assert record[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
-    found, expected = params(workdir / "final"), params(reference / "final")
-    for name, value in expected.items():
-        assert np.abs(found[name] - value).max() <= 5e-6 * np.abs(value).max(), name
-    found, expected = summary(workdir), summary(reference)
-    for name in ("before", "after"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-12)
 
 
 def assert_equal(workdir, reference):
