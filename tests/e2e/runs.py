@@ -56,8 +56,9 @@ def summary(workdir: Path) -> dict:
 
 
 def learnt(record: dict) -> dict:
-    """A line without what tells how long things took, and of the servers."""
-    return {k: v for k, v in timeless(record).items() if not k.startswith(("rollout/", "sync/"))}
+    """A line without what tells of time, of the servers and of the layout of rows."""
+    apart = ("rollout/", "sync/", "layout/", "pad/")
+    return {k: v for k, v in timeless(record).items() if not k.startswith(apart)}
 
 
 def assert_near(workdir: Path, reference: Path) -> None:
@@ -71,7 +72,7 @@ def assert_near(workdir: Path, reference: Path) -> None:
             assert record[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     found, expected = params(workdir / "final"), params(reference / "final")
     for name, value in expected.items():
-        assert np.abs(found[name] - value).max() <= 5e-6 * np.abs(value).max(), name
+        assert np.abs(found[name] - value).max() <= 2e-5 * np.abs(value).max(), name
     found, expected = summary(workdir), summary(reference)
     for name in ("before", "after"):
         assert found[name] == pytest.approx(expected[name], rel=1e-12)
