@@ -15,11 +15,11 @@ from vtriune_jax.main import main
 
 KEYS = {
     "stages": "grpo",
-    "grpo_steps": 4,
+    "grpo_steps": 3,
     "grpo_lr": 1e-4,
     "grpo_tis_cap": 2.0,
     "checkpoint_every": 2,
-    "eval_rows_per_source": 1,
+    "eval_rows_per_source": 0,
     "rollout_engine": "sglang",
     "rollout_ahead": 1,
     "rollout_weights_dtype": "float32",
@@ -98,6 +98,7 @@ def test_two_processes_a_step_ahead_are_like_one(one, two):
 @pytest.mark.parametrize("refill", [0, 1])
 def test_two_processes_on_policy_are_like_one(refill, keys, tmp_path):
     keys = {**keys, "rollout_ahead": 0, "grpo_refill": refill, "grpo_steps": 2}
+    keys |= {"eval_rows_per_source": 1}
     assert main(arguments(tmp_path / "one", **keys)) == 0
     finish(2, tmp_path / "two", keys)
     assert_near(tmp_path / "two", tmp_path / "one")
@@ -159,11 +160,11 @@ def test_the_only_server_dies_and_comes_back(start, keys, tmp_path):
     finish(2, workdir, {**keys, "rollout_addresses": (server.address,)})
     trouble.join()
     lines = records(workdir)
-    assert [line["step"] for line in lines] == list(range(4))
+    assert [line["step"] for line in lines] == list(range(3))
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert lines[-1]["rollout/quarantines"] >= 1
     assert lines[-1]["rollout/retries"] >= 1
-    assert server.call("/model_info")["weight_version"].startswith("4-")
+    assert server.call("/model_info")["weight_version"].startswith("3-")
 
 
 @pytest.mark.slow
@@ -189,7 +190,7 @@ def test_what_goes_wrong_on_one_process_ends_all_with_the_reason(start, keys, tm
     server = start(settle=0)
     server.script(faults=[{"kind": "status", "status": 400, "body": "no pictures today"}])
     keys |= {"rollout_addresses": (server.address,)}
-    keys |= {"rollout_probe_prompts": 0, "eval_rows_per_source": 0}
+    keys |= {"rollout_probe_prompts": 0}
     results = run_all(2, tmp_path / "run", **keys)
     assert [status for status, _, _ in results] == [2, 2]
     for _, _, err in results:

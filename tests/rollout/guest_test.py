@@ -1,5 +1,6 @@
 """Two processes with the same servers: the first changes their weights, the other is a guest."""
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,6 +104,19 @@ def test_what_a_guest_has_asked_for_goes_on_with_the_new_weights(two):
     meta = answer.result(60)["meta_info"]
     assert [span["version"] for span in meta["weight_versions"]] == ["1-run", "2-run"]
     assert guest.quarantines == 0
+
+
+def test_a_guest_sends_nothing_while_a_server_is_given_them(two):
+    pair, (server,) = two(1)
+    pair.push(1)
+    server.script(faults=[{"path": UPDATE, "kind": "slow", "seconds": 0.5}])
+    push = threading.Thread(target=pair.push, args=[2])
+    push.start()
+    until(lambda: server.seen()["paused"])
+    guest = pair.states(server.address)[1]
+    assert not guest.works
+    push.join()
+    assert guest.works
 
 
 def test_a_guest_sends_nothing_to_a_server_that_has_not_got_them(two):
