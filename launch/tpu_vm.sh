@@ -3,7 +3,7 @@
 #
 #   launch/tpu_vm.sh --name=NAME --zone=ZONE --type=TYPE --workdir=gs://BUCKET/FOLDER
 #                    [--project=PROJECT] [--config=FILE] [--version=RUNTIME] [--mount] [--spot]
-#                    [--keep] [--dry-run] [-- FLAGS OF vtriune_jax.main …]
+#                    [--env=FILE] [--keep] [--dry-run] [-- FLAGS OF vtriune_jax.main …]
 #
 #   --name      of the VM; one that exists already is used
 #   --zone      for example us-east5-b
@@ -17,6 +17,8 @@
 #   --config    a file of this repository; configs/quickstart.py by default
 #   --version   runtime of the VM; v2-alpha-tpuv6e by default, v2-alpha-tpuv5-lite for v5litepod
 #   --spot      a cheaper VM that may be taken away, with what was not written back
+#   --env       a file of lines NAME=VALUE for the training's environment, such as the keys of a
+#               fleet of rollout servers; it is copied to every worker, for your eyes only
 #   --keep      leave the VM running (and costing); it is also kept if writing back fails
 #   --dry-run   print the commands and run none
 #
@@ -25,18 +27,21 @@
 #   launch/tpu_vm.sh --name=triune --zone=us-east5-b --type=v6e-8 --workdir=gs://mine/runs/first \
 #     -- --config.grpo.steps=100
 #
+# A pod whose rollouts come from a fleet: docs/hosts.md.
+#
 # Needs gcloud, signed in. Sends the last commit. Interrupted, the same command continues.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-name='' zone='' type='' workdir='' project=''
+name='' zone='' type='' workdir='' project='' env=''
 config=configs/quickstart.py version=v2-alpha-tpuv6e
 mount=false spot=false keep=false dry_run=false
 
 while (($#)); do
   case $1 in
-    --name=* | --zone=* | --type=* | --workdir=* | --project=* | --config=* | --version=*)
+    --name=* | --zone=* | --type=* | --workdir=* | --project=* | --config=* | --version=* | \
+      --env=*)
       flag=${1%%=*}
       printf -v "${flag#--}" %s "${1#*=}"
       ;;
@@ -60,6 +65,7 @@ for flag in name zone type workdir; do
   [[ ${!flag} ]] || fail "--$flag=… is missing; --help says what it is"
 done
 [[ $workdir == gs://?*/?* ]] || fail "--workdir=$workdir is not gs://BUCKET/FOLDER, but the VM goes away"
+[[ ! $env || -r $env ]] || fail "there is no file $env that can be read, for --env"
 [[ -f $config ]] || fail "there is no config file $config in this repository"
 
 # quote WORD …: the words as a shell reads them back.
@@ -141,4 +147,10 @@ source launch/setup.sh
 set_up requirements.txt
 .venv/bin/python -m pip install --quiet 'jax[tpu]'"
 on_vm "$fetch"
-on_vm "exec .venv/bin/python -m vtriune_jax.main $train"
+load=''
+if [[ $env ]]; then
+  on_vm 'install -m 600 /dev/null ../vtriune_jax.env'
+  tpu scp "$env" "$name:vtriune_jax.env" "${place[@]}" --worker=all
+  load='set -a; source ../vtriune_jax.env; set +a; '
+fi
+on_vm "${load}exec .venv/bin/python -m vtriune_jax.main $train"

@@ -119,10 +119,38 @@ def test_tpu_vm_mounts_the_bucket_for_several_hosts():
     assert "rsync" not in ended.stdout
 
 
+def test_tpu_vm_takes_the_keys_of_a_fleet_along_and_shows_them_to_nobody(tmp_path):
+    env = tmp_path / "fleet keys"
+    env.write_text("VTRIUNE_ROLLOUT_KEY='a secret'\n")
+    ended = launch(ROOT / "launch" / "tpu_vm.sh", *TPU, "--mount", f"--env={env}")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "secret" not in ended.stdout
+    words = shlex.split(ended.stdout)
+    scripts = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
+    for script in scripts:
+        subprocess.run(["bash", "-n", "-c", script], check=True)
+    (training,) = [script for script in scripts if "vtriune_jax.main" in script]
+    home = tmp_path / "home" / "vtriune_jax"
+    home.mkdir(parents=True)
+    (closed,) = [script for script in scripts if script.endswith("../vtriune_jax.env")]
+    subprocess.run(["bash", "-c", closed], cwd=home.parent, check=True)
+    copy = home.parent / "vtriune_jax.env"
+    assert copy.stat().st_mode & 0o777 == 0o600
+    copy.write_bytes(env.read_bytes())
+    shown = training.replace("exec .venv", "env; exit; exec .venv")
+    done = subprocess.run(
+        ["bash", "-c", shown], cwd=home.parent, capture_output=True, text=True, check=True
+    )
+    assert "VTRIUNE_ROLLOUT_KEY=a secret\n" in done.stdout
+    places = [words[i + 1] for i, word in enumerate(words) if word == "scp"]
+    assert places[-1] == str(env)
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (["--nme=x"], "--nme=x is no flag"),
+        ([*TPU, "--env=no/file"], "there is no file no/file"),
         (["--name=t"], "--zone=… is missing"),
         ([*TPU, "--workdir=runs/a"], "is not gs://BUCKET/FOLDER"),
         ([*TPU, "--config=configs/none.py"], "there is no config file configs/none.py"),

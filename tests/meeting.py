@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vtriune_jax import exchange, hosts, sharding
+from vtriune_jax import exchange, hosts, sharding, waiting
 from vtriune_jax.checkpoint import Checkpointer
 from vtriune_jax.errors import UserError
 from vtriune_jax.rl.update import init_state
@@ -109,6 +109,32 @@ def groups_go_where_they_are_trained_on() -> None:
     assert sorted(n for each in given for n in each[:half]) == sorted(order[:4])
 
 
+def completions_of_all_come_in_the_order_of_their_prompts() -> None:
+    """Prompts 5, 6, …, two of each process, whose completions tell their number."""
+    numbers = range(5, 5 + 2 * COUNT)
+
+    def group(number):
+        ids = np.full(1 + number % 3, number, np.int32)
+        completion = Completion(ids, np.float32(ids / 3), "", ("stop", "length")[number % 2])
+        return Group(SimpleNamespace(), (completion,) * 2)
+
+    own = [group(number) for number in numbers if number % COUNT == INDEX]
+    arrays = waiting.to_arrays(own, first=5)
+    found = waiting.from_arrays(arrays, lambda ids: "")
+    assert [each[0].ids[0] for each in found] == list(numbers)
+    for one, number in zip(found, numbers, strict=True):
+        for got, want in zip(one, group(number).completions, strict=True):
+            np.testing.assert_array_equal(got.ids, want.ids)
+            np.testing.assert_array_equal(got.logps, want.logps)
+            assert got.finish == want.finish
+    assert waiting.to_arrays([], first=5) == {}
+    place = (INDEX - 5) % COUNT
+    answer = waiting.first_from(found, lambda *_: ["new"])
+    ready = answer(None, ["one", "other"], None, place)
+    assert [each.completions[0].ids[0] for each in ready] == [5 + place, 5 + place + COUNT]
+    assert answer(None, ["one", "other"], None, place + 2 * COUNT) == ["new"]
+
+
 def a_batch_is_compared_over_all_processes() -> None:
     scores = np.arange(4.0 * COUNT).reshape(2 * COUNT, 2) ** 2
     judged = [[Verdict("ok", score) for score in row] for row in scores.tolist()]
@@ -157,6 +183,7 @@ def main() -> None:
     a_row_belongs_to_one_process()
     rows_are_placed_and_fetched(mesh)
     groups_go_where_they_are_trained_on()
+    completions_of_all_come_in_the_order_of_their_prompts()
     a_batch_is_compared_over_all_processes()
     a_state_is_saved_and_restored_by_all(mesh)
 

@@ -1,12 +1,17 @@
 """Over-sampling: which prompts come again, with what, and that each is trained on once."""
 
+import random
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.pretend import Processes
+from vtriune_jax import hosts
 from vtriune_jax.data.stream import Chunk, PromptStream
 from vtriune_jax.tail import TailStream
 from vtriune_jax.types import Completion, Group
@@ -48,7 +53,9 @@ class Servers:
 
 def step(stream, servers):
     prompts, _ = stream.take()
-    return [group.prompt.number for group in stream.answer(servers.submit, prompts)]
+    groups = stream.answer(servers.submit, prompts)
+    stream.trained(groups)
+    return [group.prompt.number for group in groups]
 
 
 def test_stragglers_come_first_in_the_next_step_with_the_tokens_they_have():
@@ -94,3 +101,51 @@ def test_every_prompt_is_trained_on_once_or_left(data, extra, carry):
     left = [ticket["number"] for ticket in position["left"]]
     assert len(trained) == 5 * SIZE
     assert sorted(trained + left) == list(range(position["taken"]))
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (2, 4), (4, 1), (1, 2)])
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_several_processes_share_them_and_another_number_goes_on(counts, ahead, monkeypatch):
+    """Steps overlap, and processes are of different speed: each prompt is trained on once or left,
+    and all know the same next one."""
+    position, trained, steps = {"taken": 0, "data": {"k": 0}}, [], 5
+
+    for count in counts:
+        processes = Processes(count, monkeypatch)
+
+        def run(index, count=count, position=position):
+            share, chance = hosts.share(), random.Random(index)
+
+            rows = (
+                replace(chunk, prompts=chunk.prompts[share.slice])
+                for chunk in chunks()
+                if chunk.number >= position["data"]["k"]
+            )
+            first, data = position["taken"], position["data"]
+            stream = PromptStream(rows, SIZE, first, data, index=index, count=count)
+            tickets = position.get("left", [])[share.slice]
+            left = [(SimpleNamespace(number=ticket["number"]), ticket) for ticket in tickets]
+            tail = TailStream(stream, 4, lambda group: True, left)
+            servers = Servers(lambda numbers: set(chance.sample(numbers, len(numbers) // 2)))
+            begun, done = [], []
+            for step in range(steps):
+                while len(begun) <= min(ahead, steps - 1 - step):
+                    begun.append(tail.take()[0])
+                    if chance.random() < 0.5:  # it is quick, and has its stragglers early
+                        begun[-1] = tail.answer(servers.submit, begun[-1])
+                groups = begun.pop(0)
+                if not isinstance(groups[0], Group):
+                    groups = tail.answer(servers.submit, groups)
+                assert len(groups) == SIZE // count
+                tail.trained(groups)
+                done += [group.prompt.number for group in groups]
+            return done, tail.position()
+
+        results = processes.run(run)
+        assert len({repr(where) for _, where in results}) == 1
+        trained += [number for done, _ in results for number in done]
+        position = results[0][1]
+    left = [ticket["number"] for ticket in position["left"]]
+    assert len(trained) == 2 * steps * SIZE
+    assert sorted(trained + left) == list(range(position["taken"]))
+    assert len(left) <= 4 * (ahead + 1)

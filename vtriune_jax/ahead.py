@@ -4,6 +4,9 @@ With ahead = 0 a step samples from the parameters that it trains: the exact on-p
 With ahead = n it trains on completions begun n updates earlier, while a fleet of servers samples
 those of later steps; truncated importance sampling weighs the difference. A batch is never older.
 
+Of several processes each collects its own part of a step, in threads in which it meets no other;
+they meet where a step is begun and where it is taken, in the main thread.
+
 The in-process sampler has the devices of the update: its completions are drawn at once, when they
 are begun, which overlaps nothing, but is the same policy lag, and reproducible.
 """
@@ -38,7 +41,7 @@ class Begun:
     step: int
     clock: Clock
     before: Mapping[str, Any]
-    """Where the prompts stood before this step took any."""
+    """Where the prompts stood before this step took any, unless they have a tail."""
     future: Future[Collected]
 
 
@@ -74,10 +77,12 @@ class Ahead:
             self._begin(step, params)
         begun = self._begun.popleft()
         if self._pool:
-            with begun.clock("wait"):
+            with begun.clock("wait"), hosts.together():
                 got = begun.future.result()
         else:
             got = begun.future.result()
+        if isinstance(self._prompts, TailStream):
+            self._prompts.trained(got.groups)
         for later in range(step + 1 + len(self._begun), min(step + self._ahead + 1, self._last)):
             self._begin(later, params)
         return got, begun.clock
@@ -87,17 +92,18 @@ class Ahead:
         all completions of the next step, in the order drawn, if they have been begun.
 
         Waits for these. Others are drawn again by a run that goes on: those of later steps, and
-        with over-sampling all, since which prompts are complete first is not the same twice.
+        with over-sampling all, since which prompts are complete first is not the same twice. All
+        processes call it together; each has its own completions.
         """
-        if not self._begun:
+        if not self._begun or isinstance(self._prompts, TailStream):
             return self._prompts.position(), []
         following = self._begun[0]
-        if isinstance(self._prompts, TailStream):
-            return dict(following.before), []
-        return dict(following.before), following.future.result().all_groups
+        with hosts.together():
+            return dict(following.before), following.future.result().all_groups
 
     def _begin(self, step: int, params: Any) -> None:
-        before, clock = self._prompts.position(), self._clock(step)
+        has_tail = isinstance(self._prompts, TailStream)
+        before, clock = {} if has_tail else self._prompts.position(), self._clock(step)
         with hosts.together():
             first = self._prompts.take()
         if self._pool:

@@ -171,11 +171,11 @@ def _check_hosts(config: Any, mesh: Mesh) -> None:
     if processes == 1:
         return
     sharding.check_hosts(mesh)
-    if keys.engine != "local" or keys.ahead:
+    if keys.engine == "sglang" and keys.ahead and config.grpo.refill:
         raise UserError(
-            f"rollout.engine={keys.engine!r} with rollout.ahead={keys.ahead} is not possible over "
-            f'{processes} processes yet; choose rollout.engine="local" and rollout.ahead=0, or one '
-            "process"
+            f"rollout.ahead={keys.ahead} with grpo.refill={config.grpo.refill} is not possible "
+            f"with a fleet over {processes} processes, which would have to agree on each refill "
+            "while they train; choose 0 for one of the two, or one process"
         )
 
 

@@ -52,10 +52,12 @@ def prompts_ahead(stage: Stage, position: Mapping[str, Any], parts: Parts, sourc
         return Chunk(number, *draw(number, mixture, share.slice), before, mixture.state())
 
     served = parts.served if stage.sampling else None
-    left = [(again(ticket), ticket) for ticket in position.get("left", ())]
+    mine = position.get("left", [])[share.slice]
+    left = [(again(ticket), ticket) for ticket in mine]
     if position["data"]:
         mixture.restore(position["data"])
     extra = math.ceil(parts.config.rollout.over_sampling * stage.prompts) if served else 0
+    extra = -(-extra // share.count) * share.count
     first, begun = divmod(position["taken"], stage.prompts)
     most = (stage.steps - position["done"]) * (stage.refill + 1) + bool(begun)
     most += math.ceil(extra * (parts.config.rollout.ahead + 1) / stage.prompts)
@@ -73,8 +75,15 @@ def prompts_ahead(stage: Stage, position: Mapping[str, Any], parts: Parts, sourc
 
 
 def responder(stage: Stage, step: int, prompts: Prompts, parts: Parts) -> Respond:
-    """What completes the prompts of a step: all of them, or of more prompts the first ones."""
-    if not (isinstance(prompts, TailStream) and parts.served and stage.sampling):
-        return partial(respond, stage, step, parts)
-    submit = partial(parts.served.submit, stage.sampling)
-    return lambda params, drawn, features, before: prompts.answer(submit, drawn)
+    """What completes the prompts of a step: all of them, or of more prompts the first ones.
+
+    What goes wrong with a fleet on one process ends all: here, or, if this is called in a thread,
+    where the step is taken (`Ahead.take`).
+    """
+    answer: Respond = partial(respond, stage, step, parts)
+    if not (parts.served and stage.sampling):
+        return answer
+    if isinstance(prompts, TailStream):
+        tail, submit = prompts, partial(parts.served.submit, stage.sampling)
+        answer = lambda params, drawn, features, before: tail.answer(submit, drawn)  # noqa: E731
+    return answer if parts.config.rollout.ahead else hosts.together()(answer)

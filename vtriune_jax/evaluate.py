@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -92,9 +93,10 @@ def evaluate(parts: Parts, params: Any, version: int) -> HeldOut:
             places = start + jnp.asarray(slots)
             each = jax.vmap(lambda i: jax.random.fold_in(key, i))(places)
             features = None if parts.served else parts.encode(params, full)
-            drawn = parts.engine.generate(
-                params, full, features, sampling, each, parts.slots.prompt_tokens
-            )
+            with hosts.together() if parts.served else contextlib.nullcontext():
+                drawn = parts.engine.generate(
+                    params, full, features, sampling, each, parts.slots.prompt_tokens
+                )
             answered = [drawn[i] for i in good]
             groups += answered
             numbers += [start + slots[i] for i in good]

@@ -116,13 +116,18 @@ def join(coordinator: str | None, processes: int | None, process: int | None, wa
 
 def gather(value: Any) -> list[Any]:
     """The JSON-able `value` of every process, in their order; all must call it together."""
-    text = json.dumps(value).encode()
+    return [json.loads(text) for text in gather_bytes(json.dumps(value).encode())]
+
+
+def gather_bytes(data: bytes) -> list[bytes]:
+    """The `data` of every process, in their order; all must call it together, from the main thread:
+    in other threads the processes would meet in different orders."""
     if jax.process_count() == 1:
-        return [json.loads(text)]
-    longest = int(multihost_utils.process_allgather(np.array([len(text)])).max())
-    room = 1 << longest.bit_length()  # few different sizes: each is compiled once
-    rows = multihost_utils.process_allgather(np.frombuffer(text.ljust(room), np.uint8))
-    return [json.loads(row.tobytes()) for row in rows]
+        return [data]
+    lengths = multihost_utils.process_allgather(np.array([len(data)])).ravel()
+    room = 1 << int(lengths.max()).bit_length()  # few different sizes: each is compiled once
+    rows = multihost_utils.process_allgather(np.frombuffer(data.ljust(room), np.uint8))
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
 
 def from_first(make: Callable[[], Any]) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
+from vtriune_jax import hosts
 from vtriune_jax.data.prompts import Prompter
 from vtriune_jax.data.rows import Slots
 from vtriune_jax.export import PROCESSOR_FILES
@@ -40,12 +42,13 @@ class ServedEngine:
 
     def push(self, params: Any, version: int) -> dict[str, float]:
         """Gives the servers these parameters, unless they have this version; metrics of that, and
-        of the fleet since the last push."""
+        of the fleet since the last push. All processes call it together."""
         if version == self._version:
             return {}
         record = self._sync.push(params, version)
         self._version = version
-        return record | {f"rollout/{name}": x for name, x in self._engine.stats().items()}
+        stats = of_all(hosts.gather(self._engine.stats()))
+        return record | {f"rollout/{name}": x for name, x in stats.items()}
 
     def submit(
         self, sampling: Sampling, prompts: Sequence[Prompt], needed: int, begun: Sequence[Group]
@@ -79,38 +82,62 @@ def serve(
     """
     keys = config.rollout
     folder = Path(keys.weights_folder or workdir / "weights").expanduser()
-    publisher = Publisher(
-        folder,
-        model_config,
-        reference=checkpoint,
-        frozen=config.grpo.freeze,
-        dtype=keys.weights_dtype,
-        extras=[path for name in PROCESSOR_FILES if (path := checkpoint / name).exists()],
-    )
-    probe = None
-    if keys.probe_prompts:
-        groups = choose(examples, prompter, keys.probe_prompts)
-        probe = Probe(
-            groups,
-            completion_logps(graphdef, groups, slots.pad_id, mesh),
-            image_id=model_config.image_token_id,
-            pictures=prompter.pictures,
-            limit=keys.probe_gap,
-        )
     longest = slots.prompt_tokens + slots.completion_tokens
-    with Fleet(addresses(keys.addresses), tokens_per_completion=longest) as fleet:
-        engine = SGLangEngine(
-            fleet,
-            stop_ids=prompter.stop_ids,
-            banned_ids=prompter.banned_ids,
-            image_id=model_config.image_token_id,
-            decode_text=prompter.decode,
-            pictures=prompter.pictures,
-            deadline=keys.deadline_seconds,
-        )
-        sync = WeightSync(fleet, publisher, server_dir=keys.weights_folder_there, probe=probe)
-        fleet.wait_ready(START_SECONDS)
+    share = hosts.share()
+    mark = hosts.from_first(lambda: f"-{uuid.uuid4().hex[:8]}") if share.count > 1 else ""
+    with contextlib.ExitStack() as stack:
+        with hosts.together():
+            publisher = Publisher(
+                folder,
+                model_config,
+                reference=checkpoint,
+                frozen=config.grpo.freeze,
+                dtype=keys.weights_dtype,
+                extras=[path for name in PROCESSOR_FILES if (path := checkpoint / name).exists()],
+            )
+            probe = None
+            if keys.probe_prompts:
+                groups = choose(examples, prompter, keys.probe_prompts)
+                probe = Probe(
+                    groups,
+                    completion_logps(graphdef, groups, slots.pad_id, mesh),
+                    image_id=model_config.image_token_id,
+                    pictures=prompter.pictures,
+                    limit=keys.probe_gap,
+                )
+            fleet = stack.enter_context(
+                Fleet(addresses(keys.addresses), tokens_per_completion=longest, share=share)
+            )
+            engine = SGLangEngine(
+                fleet,
+                stop_ids=prompter.stop_ids,
+                banned_ids=prompter.banned_ids,
+                image_id=model_config.image_token_id,
+                decode_text=prompter.decode,
+                pictures=prompter.pictures,
+                deadline=keys.deadline_seconds,
+            )
+            there = keys.weights_folder_there
+            sync = WeightSync(fleet, publisher, server_dir=there, mark=mark, probe=probe)
+            fleet.wait_ready(START_SECONDS)
         yield ServedEngine(fleet, engine, sync, keys.carry)
+
+
+def of_all(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The stats of a fleet, of what each process knows of it: what each has done adds up, and a
+    server is ready that is so for all."""
+    first, *others = stats
+    tokens = sum(each["tokens_per_s"] for each in stats)
+    lag = sum(each["version_lag"] * each["tokens_per_s"] for each in stats)
+    ready = min(each["servers_ready"] for each in stats)
+    quarantines = max(each["quarantines"] for each in stats)
+    added = {name: sum((each.get(name, 0.0) for each in others), x) for name, x in first.items()}
+    return added | {
+        "version_lag": lag / tokens if tokens else 0.0,
+        "servers": first["servers"],
+        "servers_ready": ready,
+        "quarantines": quarantines,
+    }
 
 
 def addresses(given: Sequence[str]) -> Addresses:

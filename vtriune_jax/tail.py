@@ -3,6 +3,8 @@
 The others are interrupted and come first in the next step that begins: continued from the tokens
 they have, if these are not too old, or anew. No prompt is lost, and none is trained on twice; the
 last ones of a stage stay in its checkpoint.
+
+Of several processes each asks for its share, and leaves stragglers to itself.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from vtriune_jax import hosts
 from vtriune_jax.data.feed import Skipped
 from vtriune_jax.data.stream import PromptStream, Ticket
 from vtriune_jax.types import Group, Prompt
@@ -31,7 +34,8 @@ Submit = Callable[[Sequence[Prompt], int, Sequence[Group]], Future[Any]]
 
 
 class TailStream:
-    """A `PromptStream` that hands out `extra` more prompts than a step needs."""
+    """A `PromptStream` that hands out `extra` more prompts than a step needs, over all processes,
+    whose number divides both."""
 
     def __init__(
         self,
@@ -42,37 +46,49 @@ class TailStream:
     ):
         """`carry` says whether the tokens of an interrupted group may be continued; `left` are the
         prompts that a run which goes on had begun."""
-        self._stream, self._extra, self._carry = stream, extra, carry
-        self._left = deque(left)
-        self._tickets: dict[int, Ticket] = {}
+        self._stream, self._carry = stream, carry
+        self._processes = hosts.share().count
+        self._needed = stream.size // self._processes
+        self._asked = self._needed + extra // self._processes
+        self._left = deque(prompt for prompt, _ in left)
+        self._open = {id(prompt): (prompt, ticket) for prompt, ticket in left}
+        """Prompts that were taken and not trained on."""
         self._begun: dict[int, Group] = {}
 
     def take(self) -> tuple[list[Prompt], list[Skipped]]:
-        """The prompts that were left, then new ones."""
-        again = [self._left.popleft() for _ in range(len(self._left))]
-        count = max(0, self._stream.size + self._extra - len(again))
+        """The prompts that were left, then new ones.
+
+        All processes call it together and take equally many of both, so that the next prompt's
+        number stays the same for all. What may go wrong comes after they have met.
+        """
+        known = min(hosts.gather(min(len(self._left), self._asked)))
+        again = [self._left.popleft() for _ in range(known)]
+        count = (self._asked - known) * self._processes
         new, skipped = self._stream.take(count)
-        tickets = self._stream.tickets(count)
-        for prompt, ticket in [*again, *zip(new, tickets, strict=True)]:
-            self._tickets[id(prompt)] = ticket
-        return [*(prompt for prompt, _ in again), *new], skipped
+        tickets = self._stream.tickets(count)[self._stream.place() :: self._processes]
+        for prompt, ticket in zip(new, tickets, strict=True):
+            self._open[id(prompt)] = prompt, ticket
+        return [*again, *new], skipped
 
     def answer(self, submit: Submit, prompts: Sequence[Prompt]) -> list[Group]:
-        """As many complete groups as a step needs; the rest is left for the next."""
+        """As many complete groups as a step needs; the rest is left for the next that begins."""
         begun = [self._begun.pop(id(p)) for p in prompts if id(p) in self._begun]
         known = {id(group.prompt) for group in begun}
         new = [prompt for prompt in prompts if id(prompt) not in known]
-        result = submit(new, self._stream.size, begun).result()
-        for group in result.groups:
-            del self._tickets[id(group.prompt)]
+        result = submit(new, self._needed, begun).result()
         for group in result.begun:
             if group.completions and self._carry(group):
                 self._begun[id(group.prompt)] = group
-            self._left.append((group.prompt, self._tickets.pop(id(group.prompt))))
+            self._left.append(group.prompt)
         return list(result.groups)
 
+    def trained(self, groups: Sequence[Group]) -> None:
+        """A step trains on these: they will not be asked for again."""
+        for group in groups:
+            del self._open[id(group.prompt)]
+
     def place(self) -> int:
-        """As `PromptStream.place`, for a process without others."""
+        """As `PromptStream.place`; groups that come as they are complete have no order."""
         return 0
 
     def maker(self, count: int) -> Callable[[int], Prompt]:
@@ -84,6 +100,10 @@ class TailStream:
         self._stream.give_back(count)
 
     def position(self) -> dict[str, Any]:
-        """As of the stream, and the tickets of the prompts that are left."""
-        left = [ticket for _, ticket in self._left]
+        """As of the stream, and the tickets of all prompts that were taken and not trained on.
+
+        Of all processes, which call it together.
+        """
+        everyone = hosts.gather([ticket for _, ticket in self._open.values()])
+        left = sorted((t for theirs in everyone for t in theirs), key=lambda t: t["number"])
         return self._stream.position() | {"left": left}

@@ -93,7 +93,7 @@ def train(
         def save(step: int) -> None:
             where, waiting = rollouts.position()
             extra = where | {"done": step, "seconds": time.monotonic() - began}
-            checkpoints.save(step, kept(state), extra, to_arrays(waiting))
+            checkpoints.save(step, kept(state), extra, to_arrays(waiting, where["taken"]))
 
         with Ahead(
             sample,

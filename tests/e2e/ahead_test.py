@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from tests.e2e.runs import arguments, command, environment, records, timeless
+from tests.e2e.runs import arguments, assert_near, command, environment, records, timeless
+from tests.e2e.several import run_all
 from vtriune_jax.main import main
 
 KEYS = {
@@ -58,6 +59,16 @@ def test_killed_and_gone_on_it_is_the_same(whole, keys, tmp_path):
         assert timeless(got) == timeless(want)
     got, want = (path / "final" / "model.safetensors" for path in (workdir, whole))
     assert got.read_bytes() == want.read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_are_like_one(keys, tmp_path):
+    """Those of a fleet: `pod_test`."""
+    keys = {**keys, "rollout_ahead": 1, "grpo_refill": 1, "grpo_lr": 1e-4, "grpo_steps": 3}
+    assert main(arguments(tmp_path / "one", **keys)) == 0
+    for status, _, err in run_all(2, tmp_path / "two", **keys):
+        assert status == 0, err
+    assert_near(tmp_path / "two", tmp_path / "one")
 
 
 def test_the_timeline_has_every_step(whole):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from vtriune_jax import models
 from vtriune_jax.models import weights
@@ -52,3 +53,26 @@ def params(folder: Path) -> dict[str, np.ndarray]:
 def summary(workdir: Path) -> dict:
     """What summary.json says."""
     return json.loads((workdir / "summary.json").read_text())
+
+
+def learnt(record: dict) -> dict:
+    """A line without what tells of time, of the servers and of the layout of rows."""
+    apart = ("rollout/", "sync/", "layout/", "pad/")
+    return {k: v for k, v in timeless(record).items() if not k.startswith(apart)}
+
+
+def assert_near(workdir: Path, reference: Path) -> None:
+    """Two runs are the same, rounding aside."""
+    got, want = records(workdir), records(reference)
+    assert len(got) == len(want)
+    for record, expected in zip(map(learnt, got), map(learnt, want), strict=True):
+        assert record.keys() == expected.keys()
+        assert record.pop("stage") == expected.pop("stage")
+        for name, value in expected.items():
+            assert record[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    found, expected = params(workdir / "final"), params(reference / "final")
+    for name, value in expected.items():
+        assert np.abs(found[name] - value).max() <= 2e-5 * np.abs(value).max(), name
+    found, expected = summary(workdir), summary(reference)
+    for name in ("before", "after"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-12)

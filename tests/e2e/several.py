@@ -20,7 +20,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(count: int, *each: list[str], **variables: str):
+def started(count: int, *each: list[str], module: str = "vtriune_jax.main", **variables: str):
     """`count` processes of main, with the flags of `each` (one list: the same for all).
 
     Whoever is left at the end is killed. Output goes to files beside each other, see `said`.
@@ -30,7 +30,7 @@ def started(count: int, *each: list[str], **variables: str):
     processes = []
     try:
         for index, words in enumerate(flags):
-            command = [sys.executable, "-m", "vtriune_jax.main", *words, address]
+            command = [sys.executable, "-m", module, *words, address]
             command += [f"--processes={count}", f"--process={index}"]
             processes.append(
                 subprocess.Popen(

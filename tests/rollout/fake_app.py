@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import hmac
 import os
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -61,6 +62,7 @@ class FakeApp:
         self.counts: Counter[str] = Counter()
         self.rids: list[str] = []
         self.image_bytes = 0
+        self._generating, self._idle_since = 0, time.monotonic()
 
     def app(self) -> web.Application:
         """For aiohttp to serve."""
@@ -151,6 +153,14 @@ class FakeApp:
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """One or many completions, at once or as server-sent events."""
+        self._generating += 1
+        try:
+            return await self._generate(request)
+        finally:
+            self._generating -= 1
+            self._idle_since = time.monotonic()
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await json_of(request)
         rids: list[str] = []
         lines: list[Request] = []
@@ -300,6 +310,9 @@ class FakeApp:
         mode = (await json_of(request)).get("mode", "abort")
         if mode not in PAUSES:
             raise Malformed(f"1 validation error:\n  mode={mode!r}")
+        if settle := self.options.settle:
+            while self._generating or time.monotonic() - self._idle_since < settle:
+                await asyncio.sleep(0.02)
         await self.engine.pause(mode)
         return answer({"message": "Generation paused successfully.", "status": "ok"})
 

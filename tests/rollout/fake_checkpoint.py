@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -115,7 +116,10 @@ class Checkpoint:
         if len(made.vision.segments):
             features = self._encoded(line.prompt, made.vision)
         self._drawn += 1
-        keys = jax.random.fold_in(jax.random.key(self.settings.seed), self._drawn)[None]
+        number = self._drawn
+        if self.settings.by_prompt:
+            number = zlib.crc32(repr((line.prompt.ids, line.prompt.hashes, line.ids)).encode())
+        keys = jax.random.fold_in(jax.random.key(self.settings.seed), number)[None]
         groups = engine.generate(self._params, [made], features, sampling, keys, tokens)
         for each, completion in zip(lines, groups[0].completions, strict=True):
             plan = list(zip(completion.ids.tolist(), completion.logps.tolist(), strict=True))

@@ -81,11 +81,17 @@ class Settings:
     seed: int = 0
     vision_cache: bool = True
     """As the real server's: images seen before keep their old embeddings after an update."""
+    by_prompt: bool = False
+    """Draws follow from the prompt alone, whoever asks and when (of a `Checkpoint`)."""
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """From the checkpoint folder where there is one, else made up."""
-    settings = Settings(seed=options.seed, vision_cache=not options.no_vision_cache)
+    settings = Settings(
+        seed=options.seed,
+        vision_cache=not options.no_vision_cache,
+        by_prompt=options.by_prompt,
+    )
     if not options.model_path:
         return settings
     folder = Path(options.model_path)

@@ -58,6 +58,10 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--responder", choices=("pseudo", "checkpoint"), default="pseudo")
     flags.add_argument("--token-seconds", type=float, default=0.0)
     flags.add_argument("--capacity", type=int, default=2048)
+    flags.add_argument(
+        "--by-prompt", action="store_true", help="a checkpoint's draws follow from it"
+    )
+    flags.add_argument("--settle", type=float, default=0.0, help="seconds idle before a pause")
     flags.add_argument("--no-vision-cache", action="store_true", help="SGLANG_VLM_CACHE_SIZE_MB=0")
     return flags
 

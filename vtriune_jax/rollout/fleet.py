@@ -27,6 +27,7 @@ import aiohttp
 import orjson
 
 from vtriune_jax.errors import UserError
+from vtriune_jax.hosts import Share
 from vtriune_jax.rollout.addresses import Addresses, read_addresses
 from vtriune_jax.rollout.loop import LoopThread
 from vtriune_jax.rollout.servers import Queue, Server, capacity_of
@@ -42,6 +43,7 @@ from vtriune_jax.rollout.trouble import (
 
 T = TypeVar("T")
 
+ALONE = Share()
 _LONGEST_REST = 15.0
 """Seconds until a sick server is looked at again."""
 _TICK = 0.1
@@ -65,6 +67,7 @@ class Fleet:
         reread: float = 2.0,
         return_timeout: float = 600.0,
         tokens_per_completion: int = 0,
+        share: Share = ALONE,
         on_return: Callable[[Server], Awaitable[None]] | None = None,
     ) -> None:
         """`addresses`: URLs, a file with one a line (# begins a comment), or a function.
@@ -75,9 +78,12 @@ class Fleet:
         rest of a sick one, doubled each time; `return_timeout`, for `on_return`, which is awaited
         with every new or recovered server before it gets work, and must raise if that is not to
         be. Without it, a server must have the version that was `published` last.
-        `tokens_per_completion`, if known, bounds the completions on a server by its cache. The
-        keys are those of the environment unless given.
+        `tokens_per_completion`, if known, bounds the completions on a server by its cache. Of
+        several processes that use the same servers, each takes its `share` of a server's capacity;
+        the first one looks after the servers, also while it has no work for them, and the others,
+        guests, leave weights and pauses alone. The keys are those of the environment unless given.
         """
+        self.share = share
         self.on_return = on_return
         self._key = os.environ.get(KEY, "") if key is None else key
         self._admin_key = os.environ.get(ADMIN_KEY, "") if admin_key is None else admin_key
@@ -138,6 +144,11 @@ class Fleet:
             for each in self.servers()
         ]
         return "; ".join([*said, *([self._complaint] if self._complaint else [])]) or "no servers"
+
+    @property
+    def is_guest(self) -> bool:
+        """Whether another process changes the servers' weights."""
+        return self.share.index > 0
 
     def close(self) -> None:
         """Drop all connections and end the thread."""
@@ -288,6 +299,7 @@ class Fleet:
     async def _watch(self) -> None:
         """Look around for ever: addresses, sick servers, silent ones."""
         next_read = time.monotonic() + self._reread
+        keeper = self.share.count > 1 and not self.is_guest
         async with self._session:
             while True:
                 now = time.monotonic()
@@ -298,7 +310,7 @@ class Fleet:
                     if server.checking:
                         continue
                     silent = now - server.heard > self._patience
-                    if server.works and server.in_flight and silent:
+                    if server.works and silent and (server.in_flight or keeper):
                         server.checking = True
                         self._spawn(self._check(server))
                     elif server.state in ("new", "quarantined") and now >= server.next_probe:
@@ -323,10 +335,14 @@ class Fleet:
                 server.state, server.reason = "gone", "is no longer in the list of addresses"
 
     async def _check(self, server: Server) -> None:
-        """Whether a server that has been silent, or failed, is still there."""
+        """Whether a server that has been silent, or failed, is still there, and the same one."""
+        before = server.version
         try:
             await self.get(server, "/health", timeout=self._health_timeout)
-        except TROUBLE as error:
+            found = str((await self.get(server, "/model_info"))["weight_version"])
+            if found != before == server.version and server.works:
+                self.quarantine(server, f"has weights {found!r} again, after {before!r}")
+        except (*TROUBLE, KeyError, TypeError) as error:
             if server.works:  # it may have been paused meanwhile
                 self.quarantine(server, f"does not say that it is well: {named(error)}")
         finally:
@@ -337,9 +353,9 @@ class Fleet:
         try:
             await self._wake(server)
             server.version = str((await self.get(server, "/model_info"))["weight_version"])
-            server.capacity = capacity_of(
-                await self.get(server, "/server_info"), self._tokens_per_completion
-            )
+            info = await self.get(server, "/server_info")
+            capacity = capacity_of(info, self._tokens_per_completion)
+            server.capacity = max(1, capacity // self.share.count)
             if self.on_return:
                 async with asyncio.timeout(self._return_timeout):
                     await self.on_return(server)
@@ -354,11 +370,11 @@ class Fleet:
     async def _wake(self, server: Server) -> None:
         """See that it is well; one that was left paused, by us or others, says that it is not."""
         try:
-            if not server.paused:
+            if self.is_guest or not server.paused:
                 await self.get(server, "/health", timeout=self._health_timeout)
                 return
         except ServerError as error:
-            if error.status != 503:
+            if self.is_guest or error.status != 503:
                 raise
         await self.post(server, "/continue_generation")
         await self.get(server, "/health", timeout=self._health_timeout)

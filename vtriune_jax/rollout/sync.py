@@ -7,13 +7,17 @@ On each server: pause (requests are kept, and computed anew) → load the versio
 that it has it → go on. A server that fails in any of these is quarantined and gets no work until it
 is well and has the newest version: old weights are never used. Then the probe asks whether the
 server's model is the trainer's.
+
+Of several processes with the same servers, all write a version, and the first one gives it to the
+servers. The others send them no request meanwhile, and are told which servers have it; one that
+comes back later they know by the name of its version and by the probe.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,19 +53,23 @@ class WeightSync:
         publisher: Publisher,
         *,
         server_dir: str = "",
+        mark: str = "",
         probe: Probe | None = None,
         deadline: float = 300.0,
         recovery: float = 300.0,
     ):
         """`server_dir` is the publisher's folder as the servers see it, if that is another path.
 
-        In seconds: `deadline`, for one server from pause to continue; `recovery`, the time in which
-        one must come back when all have failed.
+        The names of versions end with `mark`, which must be this start's own where processes are to
+        know what another one has given. In seconds: `deadline`, for one server from pause to
+        continue; `recovery`, the time in which one must come back when all have failed.
         """
         self._fleet, self._publisher, self._probe = fleet, publisher, probe
-        self._server_dir = server_dir or str(publisher.folder)
+        self._server_dir, self._mark = server_dir or str(publisher.folder), mark
         self._deadline, self._recovery = deadline, recovery
         self._target: Target | None = None
+        self._numbers: dict[str, int] = {}
+        """Name of a version → its number."""
         self._given: dict[Server, Target] = {}
         """Server → what it was given and, as the probe has found, has."""
         fleet.on_return = self._on_return
@@ -69,59 +77,91 @@ class WeightSync:
     def push(self, params: Any, version: int) -> dict[str, float]:
         """Give all servers these parameters; returns what it took, as metrics `sync/…`.
 
-        To be called from the main thread, by all processes together, each for the servers of its
-        own fleet. Raises UserError, on all processes, when no server is left that has them, or when
-        the probe finds a server's model to be another one.
+        To be called from the main thread, by all processes together. Raises UserError, on all
+        processes, when one is left without a server that has them, or when the probe finds a
+        server's model to be another one.
         """
-        start, name = time.monotonic(), str(version)
+        start, name = time.monotonic(), f"{version}{self._mark}"
+        self._numbers[name] = version
         published = self._publisher.publish(params, version)
         path = f"{self._server_dir.rstrip('/')}/{published.folder.name}"
         expected = None
         if self._probe:
             before = self._target.expected if self._target else None
             expected = self._probe.expect(params, name, before)
-        ready = time.monotonic()
         target = Target(name, path, expected)
-        updated, failed = self._fleet.run(self._update(target)).result()
-        done = time.monotonic()
-        findings, silent = self._fleet.run(self._ask(updated, target)).result()
-        probed = time.monotonic()
+        self._fleet.run(self._aim(target)).result()
+        hosts.gather(None)  # all know the version, of which they may get tokens from now on
+        expecting = time.monotonic() - start - published.seconds
+        addresses, metrics = hosts.from_first(lambda: self._give(target))
+        if self._fleet.is_guest:
+            self._fleet.run(self._follow(target, addresses)).result()
         with hosts.together():
-            if problem := self._problem(findings):
-                raise UserError(problem)
+            self._wait_ready()
         in_use = {server.version for server in self._fleet.servers()}
-        self._publisher.collect({int(each) for each in in_use if each.isdecimal()})
-        return {
+        self._publisher.collect({self._numbers[name] for name in in_use & self._numbers.keys()})
+        metrics["sync/probe_seconds"] += expecting
+        return metrics | {
             "sync/seconds": time.monotonic() - start,
             "sync/publish_seconds": published.seconds,
             "sync/gather_seconds": published.gather_seconds,
             "sync/write_seconds": published.write_seconds,
-            "sync/update_seconds": done - ready,
-            "sync/probe_seconds": probed - done + (ready - start - published.seconds),
             "sync/bytes": float(published.bytes),
             "sync/gb_per_second": published.bytes / published.seconds / 1e9,
+        }
+
+    def _give(self, target: Target) -> tuple[list[str], dict[str, float]]:
+        """The addresses of the servers that have the target now, and metrics.
+
+        Raises UserError if the probe finds another model.
+        """
+        start = time.monotonic()
+        updated, failed = self._fleet.run(self._update(target)).result()
+        done = time.monotonic()
+        findings, silent = self._fleet.run(self._ask(updated, target)).result()
+        probed = time.monotonic()
+        for finding in findings:
+            if self._probe and self._probe.is_off(finding):
+                raise UserError(self._probe.report(finding))
+        return [server.address for server in updated if server not in silent], {
+            "sync/update_seconds": done - start,
+            "sync/probe_seconds": probed - done,
             "sync/servers_updated": float(len(updated)),
             "sync/servers_quarantined": float(len(failed) + len(silent)),
             **(self._probe.metrics(findings) if self._probe else {}),
         }
 
-    def _problem(self, findings: Sequence[Finding]) -> str | None:
-        """Why training cannot go on; waits for a server to come back if none is left."""
-        for finding in findings:
-            if self._probe and self._probe.is_off(finding):
-                return self._probe.report(finding)
+    def _wait_ready(self) -> None:
+        """For a server to come back, if none is left."""
         try:
             self._fleet.wait_ready(self._recovery)
         except UserError as error:
-            return f"no rollout server could be given the new weights: {error}"
-        return None
+            raise UserError(f"no rollout server could be given the new weights: {error}") from error
 
     # ---------------------------------------------------------------------------- on the loop
+
+    async def _aim(self, target: Target) -> None:
+        """From now on servers should have this; a guest gives them no work until it is told who
+        does."""
+        self._fleet.published(target.version)
+        if self._fleet.is_guest:
+            self._target = target
+            for server in self._fleet.servers():
+                server.paused = True
+
+    async def _follow(self, target: Target, addresses: Collection[str]) -> None:
+        """Go on with the servers that another process has given the target."""
+        for server in self._fleet.servers():
+            if server.address in addresses:
+                server.version, self._given[server] = target.version, target
+            elif server.state == "ready" and server.version != target.version:
+                self._fleet.quarantine(server, f"was not given weights {target.version!r}")
+            server.paused, server.heard = False, time.monotonic()
+        self._fleet.queue.assign()
 
     async def _update(self, target: Target) -> tuple[list[Server], list[Server]]:
         """Those that have the target now, and those that failed."""
         self._target = target
-        self._fleet.published(target.version)
         ready = [server for server in self._fleet.servers() if server.state == "ready"]
         return await self._each(ready, lambda server: self._switch(server, target))
 
@@ -162,7 +202,10 @@ class WeightSync:
         """Raises one of TROUBLE unless the server has the newest weights, whatever they are by
         then, and has them right."""
         while (target := self._target) and not self._has(server, target):
-            await self._switch(server, target)
+            if not self._fleet.is_guest:
+                await self._switch(server, target)
+            elif server.version != target.version:
+                raise Unfit(f"has weights {server.version!r}, not yet {target.version!r}")
             if self._probe and target.expected:
                 finding = await self._probe.ask(self._fleet, server, target.expected)
                 if self._probe.is_off(finding):
