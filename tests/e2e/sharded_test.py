@@ -8,6 +8,8 @@ import pytest
 from tests.e2e.runs import arguments, environment, records, summary
 from vtriune_jax.main import main
 
+pytestmark = pytest.mark.slow  # invariants/ and hosts_test.py try the same by parts
+
 STEPS = {"sft_steps": 2, "grpo_steps": 2, "checkpoint_every": 5}
 TWO_RUNS = """
 import sys
