@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int
 
-from vtriune_jax.rewards.arrays import Array, namespace
+from vtriune_jax.rewards.arrays import Array, batch_first, batch_last, namespace
 
 
 class Boxes(NamedTuple):
@@ -36,7 +37,8 @@ def pairwise_iou(
 
     0 where two boxes do not overlap with a positive extent; boxes without area overlap nothing.
     """
-    return _iou_and_union(left, right)[0]
+    a, b = _corners(left, right)
+    return batch_first(_iou_and_union(a, b)[0], left.shape[:-2])
 
 
 def pairwise_giou(
@@ -46,17 +48,19 @@ def pairwise_giou(
 
     In (−1, 1]: boxes apart are told by how far. Where C is 0 nothing is subtracted.
     """
-    iou, union = _iou_and_union(left, right)
-    width, height = _around(left, right)
+    a, b = _corners(left, right)
+    iou, union = _iou_and_union(a, b)
+    width, height = _around(a, b)
     around = width * height
-    return iou - _ratio(around - union, around)
+    return batch_first(iou - _ratio(around - union, around), left.shape[:-2])
 
 
 def pairwise_diou(
     left: Float[Array, "*batch m 4"], right: Float[Array, "*batch n 4"]
 ) -> Float[Array, "*batch m n"]:
     """DIoU = IoU − ρ² / c²: centres' distance, diagonal of the box around both (Zheng 2020)."""
-    return pairwise_iou(left, right) - _centre_penalty(left, right)
+    a, b = _corners(left, right)
+    return batch_first(_iou_and_union(a, b)[0] - _centre_penalty(a, b), left.shape[:-2])
 
 
 def pairwise_ciou(
@@ -67,12 +71,12 @@ def pairwise_ciou(
     v = 4/π² · (atan(w/h) − atan(w'/h'))², α = v / (1 − IoU + v).
     """
     xp = namespace(left)
-    iou = pairwise_iou(left, right)
-    angle = [
-        xp.atan2(side[..., 2] - side[..., 0], side[..., 3] - side[..., 1]) for side in (left, right)
-    ]
-    v = 4 / math.pi**2 * (angle[0][..., :, None] - angle[1][..., None, :]) ** 2
-    return iou - _centre_penalty(left, right) - _ratio(v * v, 1 - iou + v)
+    a, b = _corners(left, right)
+    iou = _iou_and_union(a, b)[0]
+    left_angle, right_angle = (xp.atan2(x2 - x1, y2 - y1) for x1, y1, x2, y2 in (a, b))
+    v = 4 / math.pi**2 * (left_angle - right_angle) ** 2
+    ciou = iou - _centre_penalty(a, b) - _ratio(v * v, 1 - iou + v)
+    return batch_first(ciou, left.shape[:-2])
 
 
 def contains(
@@ -84,33 +88,34 @@ def contains(
     return inside[..., 0] & inside[..., 1]
 
 
-def _iou_and_union(left: Array, right: Array) -> tuple[Array, Array]:
-    xp = namespace(left)
-    # one axis at a time: NumPy is slow on a last axis of 4
-    a = [left[..., :, None, k] for k in range(4)]
-    b = [right[..., None, :, k] for k in range(4)]
+def _corners(left: Array, right: Array) -> tuple[list[Array], list[Array]]:
+    """x1, y1, x2, y2 of the left boxes [m, 1, batch] and of the right ones [n, batch]."""
+    a, b = batch_last(left, 2), batch_last(right, 2)
+    return [a[:, None, k] for k in range(4)], [b[:, k] for k in range(4)]
+
+
+def _iou_and_union(a: Sequence[Array], b: Sequence[Array]) -> tuple[Array, Array]:
+    xp = namespace(a[0])
     width, height = (
         xp.maximum(xp.minimum(a[k + 2], b[k + 2]) - xp.maximum(a[k], b[k]), 0) for k in range(2)
     )
     inter = width * height
-    union = area(left)[..., :, None] + area(right)[..., None, :] - inter
+    areas = [xp.maximum(s[2] - s[0], 0) * xp.maximum(s[3] - s[1], 0) for s in (a, b)]
+    union = areas[0] + areas[1] - inter
     return inter / xp.where(inter > 0, union, 1), union
 
 
-def _around(left: Array, right: Array) -> tuple[Array, Array]:
+def _around(a: Sequence[Array], b: Sequence[Array]) -> tuple[Array, Array]:
     """Width and height of the smallest box around each pair."""
-    xp = namespace(left)
-    a = [left[..., :, None, k] for k in range(4)]
-    b = [right[..., None, :, k] for k in range(4)]
+    xp = namespace(a[0])
     width, height = (xp.maximum(a[k + 2], b[k + 2]) - xp.minimum(a[k], b[k]) for k in range(2))
     return width, height
 
 
-def _centre_penalty(left: Array, right: Array) -> Array:
-    width, height = _around(left, right)
-    centre = [(side[..., :2] + side[..., 2:]) / 2 for side in (left, right)]
-    apart = centre[0][..., :, None, :] - centre[1][..., None, :, :]
-    return _ratio((apart * apart).sum(-1), width * width + height * height)
+def _centre_penalty(a: Sequence[Array], b: Sequence[Array]) -> Array:
+    width, height = _around(a, b)
+    x, y = ((a[k] + a[k + 2]) / 2 - (b[k] + b[k + 2]) / 2 for k in range(2))
+    return _ratio(x * x + y * y, width * width + height * height)
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:

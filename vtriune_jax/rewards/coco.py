@@ -56,7 +56,7 @@ def coco_map(
 
     # Recall only rises at hits: each one weighs as many of the 101 recalls as it is first to reach.
     positives = batch_last(xp.take_along_axis(same_label.sum(axis=-1), order, axis=-1), 1)
-    newly = xp.asarray(_newly_reached(iou.shape[-1]))[positives[:, None], found]
+    newly = xp.asarray(newly_reached(iou.shape[-1]))[positives[:, None], found]
     total = xp.where(hit, newly * precision, 0.0).sum(axis=0) / 101  # of all classes together
 
     average = total / xp.maximum(_classes(true), 1)  # [10, batch]
@@ -111,7 +111,7 @@ def _non_increasing(precision: Array, first: Array) -> Array:
 
 
 @lru_cache(64)
-def _newly_reached(most: int) -> Int[np.ndarray, "positives found"]:
+def newly_reached(most: int) -> Int[np.ndarray, "positives found"]:
     """How many of COCO's recalls the found-th hit reaches first, of as many as `most` true boxes.
 
     A table, since rounding decides: COCO's 70th recall is 0.7000000000000001, which 7 / 10 does not

@@ -21,7 +21,7 @@ REPORTED = (0.5, 0.75, 0.95, 0.99)
 REPORTED_IOU_FIRST = (0.5, 0.95)
 """The same for `iou_first`."""
 
-_ANY_OVERLAP = 1e-30
+ANY_OVERLAP = 1e-30
 
 
 def detection_parts(
@@ -53,7 +53,7 @@ def detection_parts(
     p, g = (xp.astype(side.mask.sum(axis=-1), dtype) for side in (predicted, true))
     boxes = xp.maximum(g, 1)[..., None]
 
-    fixed = xp.asarray([_ANY_OVERLAP, *REPORTED, *(AVERAGED if average else ())], dtype=dtype)
+    fixed = xp.asarray([ANY_OVERLAP, *REPORTED, *(AVERAGED if average else ())], dtype=dtype)
     fixed = xp.broadcast_to(fixed, (*threshold.shape, len(fixed)))
     thresholds = xp.concat([fixed[..., :1], threshold[..., None], fixed[..., 1:]], axis=-1)
     by_label = label_first(iou, same, thresholds)

@@ -17,7 +17,7 @@ from vtriune_jax.rewards.detection import AVERAGED, WEIGHTS
 from vtriune_jax.rewards.matching import Match
 from vtriune_jax.rewards.shaping import combine
 from vtriune_jax.verifiers import detection, mathverify
-from vtriune_jax.verifiers.parsing import LabelledBox
+from vtriune_jax.verifiers.parsing import LabelledBox, columns
 from vtriune_jax.verifiers.wire import nothing, sub_scores
 from vtriune_jax.verifiers.worker import guarded
 
@@ -155,9 +155,9 @@ def _detection_parts(
     if threshold is None:
         threshold = detection.threshold("dynamic", settings["progress"])
     case = detection.Case(
-        format=0.0,
-        predicted=_floored(predicted, settings["grid"]) if true else (),
-        true=true if predicted else (),
+        tagged=False,
+        predicted=columns(_floored(predicted, settings["grid"]) if true else ()),
+        true=detection.truth(columns(true if predicted else ())),
         threshold=threshold,
         weights=tuple(weights[name] for name in WEIGHTS),
         completeness=weights["iou_completeness"],

@@ -20,16 +20,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vtriune_jax.rewards.buckets import buckets, pad
+from vtriune_jax.rewards.buckets import buckets
 from vtriune_jax.rewards.detection import WEIGHTS, detection_parts
-from vtriune_jax.rewards.matching import Match, iou_first
+from vtriune_jax.rewards.matching import Match
+from vtriune_jax.rewards.ragged import ragged_parts
+from vtriune_jax.rewards.ragged_boxes import Ragged
 from vtriune_jax.rewards.shaping import SIZE_PENALTY
 from vtriune_jax.rewards.thresholds import stepped_threshold
-from vtriune_jax.verifiers.parsing import LabelledBox, last_answer, parse_boxes
+from vtriune_jax.verifiers.parsing import (
+    LARGEST,
+    Columns,
+    columns,
+    last_answer,
+    parse_boxes,
+    parse_columns,
+)
 from vtriune_jax.verifiers.worker import guarded
 
 AVERAGE = float("nan")
@@ -37,6 +47,7 @@ AVERAGE = float("nan")
 
 _PUBLISHED = {"iou_max_label_first": 1.0, "iou_completeness": 0.3}
 _GRID = 1000.0
+_MIX = np.array([0.7548776662, 1.3247179572, 0.5698402909, 1.2207440846])
 _MOST = 256
 """Boxes that are matched; further ones only count."""
 
@@ -44,15 +55,27 @@ Task = tuple[str, str, Mapping[str, Any], float]
 """The arguments of `verify`."""
 
 
+class Truth(NamedTuple):
+    """The true boxes of a row."""
+
+    boxes: Columns
+    known: Mapping[str, int]
+    """The words of its labels, numbered."""
+    labels: list[int]
+
+
 class Case(NamedTuple):
     """One completion as numbers."""
 
-    format: float
-    predicted: Sequence[LabelledBox]
-    true: Sequence[LabelledBox]
+    tagged: bool
+    """Whether the answer's tags are as they should be."""
+    predicted: Columns
+    true: Truth
     threshold: float
     weights: tuple[float, ...]
     completeness: float
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Of the predictions' x and y."""
 
 
 def verify(
@@ -69,50 +92,75 @@ def verify_batch(tasks: Sequence[Task]) -> list[dict[str, float] | Exception]:
     """The parts of every completion's reward; an exception where it cannot be judged."""
     out: list[Any] = [guarded(_prepare, *task) for task in tasks]
     fine = [k for k, case in enumerate(out) if isinstance(case, Case)]
-    fine.sort(key=lambda k: _size(out[k]))  # padded only to the largest of similar ones
-    for bucket in buckets([_size(out[k]) for k in fine], least=32, pairs=2**17):
+    for k in irregular([out[k].predicted for k in fine]):
+        boxes = parse_boxes(last_answer(tasks[fine[k]][0]) or "")
+        out[fine[k]] = out[fine[k]]._replace(predicted=columns(boxes))
+    for bucket in buckets([_size(out[k]) for k in fine], least=32, pairs=2**19):
         places = [fine[k] for k in bucket.places]
-        # NumPy adds up a single column in another order than several; so there are always several
-        # and the company of an item does not change its last digit
-        cases = [out[k] for k in places]
-        for k, parts in zip(places, score(cases if len(cases) > 1 else cases * 2), strict=False):
+        for k, parts in zip(places, score([out[k] for k in places]), strict=True):
             out[k] = parts
     return out
 
 
+def irregular(answers: Sequence[Columns]) -> list[int]:
+    """Which of the answers may hold a box out of order or too far away, or one twice."""
+    coords = _coords(answers)
+    x1, y1, x2, y2 = coords.T
+    wrong = ~((x1 >= -LARGEST) & (x1 <= x2) & (x2 <= LARGEST))  # NaN is wrong
+    wrong |= ~((y1 >= -LARGEST) & (y1 <= y2) & (y2 <= LARGEST))
+    answer = np.repeat(np.arange(len(answers)), [len(each.labels) for each in answers])
+    with np.errstate(invalid="ignore"):
+        mixed = coords @ _MIX + answer * 1e5  # equal for equal boxes, and hardly ever for others
+    order = np.argsort(mixed)
+    wrong[order[1:]] |= mixed[order[1:]] == mixed[order[:-1]]
+    return np.unique(answer[wrong]).tolist()
+
+
+def _coords(answers: Sequence[Columns]) -> np.ndarray:
+    return np.frombuffer(b"".join([each.coords for each in answers])).reshape(-1, 4)
+
+
 def _size(case: Case) -> int:
-    return min(max(len(case.predicted), len(case.true)), _MOST)
+    return min(max(len(case.predicted.labels), len(case.true.labels)), _MOST)
 
 
-def _prepare(completion: str, truth: str, params: Mapping[str, Any], progress: float) -> Case:
+def _prepare(completion: str, text: str, params: Mapping[str, Any], progress: float) -> Case:
     """Text → numbers."""
-    true = _truth(truth)
-    predicted = parse_boxes(last_answer(completion) or "")
-    if params.get("det_verifier_normalized"):
-        predicted = rescaled(predicted, params.get("grid"))
+    true = _truth(text)
+    answer = last_answer(completion) or ""
+    predicted = parse_columns(answer) or columns(parse_boxes(answer))
     tags = completion.count("\n<answer>\n") == 1 and completion.count("\n</answer>") == 1
     weights, completeness = _weights(tuple((params.get("det_reward_ratio") or {}).items()))
+    normalized = params.get("det_verifier_normalized")
     return Case(
-        format=float(tags and bool(predicted)),
+        tagged=tags,
         predicted=predicted,
         true=true,
         threshold=threshold(params.get("iou_threshold"), progress),
         weights=weights,
         completeness=completeness,
+        scale=scale_to_grid(params.get("grid")) if normalized else (1.0, 1.0),
     )
 
 
 @lru_cache(1024)  # the completions of a prompt share their truth
-def _truth(text: str) -> tuple[LabelledBox, ...]:
-    true = parse_boxes(last_answer(text) or text)
-    if not true:
+def _truth(text: str) -> Truth:
+    boxes = columns(parse_boxes(last_answer(text) or text))
+    if not boxes.labels:
         raise ValueError(
             f"the ground truth holds no box: {text[:80]!r}; expected "
             "<answer>[{'bbox_2d': [x1, y1, x2, y2], 'label': '…'}]</answer>"
         )
-    if len(true) > _MOST:
-        raise ValueError(f"the ground truth has {len(true)} boxes, more than {_MOST}")
-    return tuple(true)
+    if len(boxes.labels) > _MOST:
+        raise ValueError(f"the ground truth has {len(boxes.labels)} boxes, more than {_MOST}")
+    return truth(boxes)
+
+
+def truth(boxes: Columns) -> Truth:
+    """The boxes with their labels numbered."""
+    known: dict[str, int] = {}
+    labels = [known.setdefault(label, len(known)) for label in boxes.labels]
+    return Truth(boxes, known, labels)
 
 
 @lru_cache(64)
@@ -155,50 +203,59 @@ def _stepped(progress: float, *stages: tuple[float, ...]) -> float:
     return float(stepped_threshold(progress, *stages))
 
 
-def rescaled(
-    boxes: Sequence[LabelledBox], grid: Sequence[Sequence[int]] | None
-) -> list[LabelledBox]:
+def scale_to_grid(grid: Sequence[Sequence[int]] | None) -> tuple[float, float]:
     """Pixels of the processed image → the 0…1000 grid of the truth."""
     if not grid or min(grid[0]) <= 0:
         raise ValueError("det_verifier_normalized needs the size of the processed image")
     height, width = grid[0]
-    x, y = _GRID / width, _GRID / height
-    return [
-        LabelledBox((x1 * x, y1 * y, x2 * x, y2 * y), label) for (x1, y1, x2, y2), label in boxes
-    ]
+    return _GRID / width, _GRID / height
 
 
 def score(
-    cases: Sequence[Case], match_by_iou: Callable[..., Match] = iou_first
+    cases: Sequence[Case], match_by_iou: Callable[..., Match] | None = None
 ) -> list[dict[str, float]]:
-    """All scores of cases of similar size."""
-    sides = [[case.predicted[:_MOST] for case in cases], [case.true for case in cases]]
-    words: list[dict[str, int]] = [{} for _ in cases]
-    predicted, true = (
-        pad(
-            [[box.coords for box in boxes] for boxes in side],
-            [
-                [known.setdefault(box.label, len(known)) for box in boxes]
-                for boxes, known in zip(side, words, strict=True)
-            ],
-            boxes=max(1, *map(len, side)),
-        )
-        for side in sides
-    )
+    """All scores of cases of similar size; `match_by_iou` stands in for `iou_first`."""
+    predicted, true = _sides(cases)
     thresholds = np.array([case.threshold for case in cases])
-    parts = detection_parts(
-        predicted,
-        true,
-        thresholds,
-        np.array([case.weights for case in cases]),
-        np.array([case.completeness for case in cases]),
-        average=bool(np.isnan(thresholds).any()),
-        match_by_iou=match_by_iou,
-    )
-    unmatched = np.array([max(len(case.predicted) - _MOST, 0) for case in cases])
-    parts["accuracy"] = parts["accuracy"] * SIZE_PENALTY**unmatched
-    parts["size_penalty"] = parts["size_penalty"] * SIZE_PENALTY**unmatched
-    parts["format"] = np.array([case.format for case in cases])
-    parts["boxes"] = np.array([float(len(case.predicted)) for case in cases])
+    weights = np.array([case.weights for case in cases])
+    completeness = np.array([case.completeness for case in cases])
+    if match_by_iou is None:
+        parts = ragged_parts(predicted, true, thresholds, weights, completeness)
+    else:
+        average = bool(np.isnan(thresholds).any())
+        parts = detection_parts(
+            *(predicted.padded(), true.padded(), thresholds, weights, completeness),
+            average=average,
+            match_by_iou=match_by_iou,
+        )
+    counts = np.array([len(case.predicted.labels) for case in cases])
+    unmatched = SIZE_PENALTY ** np.maximum(counts - _MOST, 0)
+    parts["accuracy"] *= unmatched
+    parts["size_penalty"] *= unmatched
+    parts["format"] = np.array([case.tagged for case in cases]) * (counts > 0.0)
+    parts["boxes"] = counts.astype(float)
     rows = zip(*(values.tolist() for values in parts.values()), strict=True)
     return [dict(zip(parts, row, strict=True)) for row in rows]
+
+
+def _sides(cases: Sequence[Case]) -> tuple[Ragged, Ragged]:
+    """The predicted and the true boxes of all cases."""
+    predicted = [case.predicted for case in cases]
+    labels = [
+        map(case.true.known.get, case.predicted.labels[:_MOST], repeat(len(case.true.known)))
+        for case in cases
+    ]
+    true = [case.true for case in cases]
+    counts = np.array([min(len(each.labels), _MOST) for each in predicted])
+    coords = _coords([Columns(each.coords[: 32 * _MOST], []) for each in predicted])
+    scale = np.array([case.scale for case in cases])
+    if (scale != 1).any():
+        coords = coords * np.repeat(np.tile(scale, 2), counts, axis=0)
+    return (
+        Ragged(coords, np.fromiter(chain.from_iterable(labels), int), counts),
+        Ragged(
+            _coords([each.boxes for each in true]),
+            np.fromiter(chain.from_iterable(each.labels for each in true), int),
+            np.array([len(each.labels) for each in true]),
+        ),
+    )

@@ -22,7 +22,7 @@ import numpy as np
 from vtriune_jax.rewards.boxes import contains, pairwise_iou
 from vtriune_jax.rewards.detection import AVERAGED
 from vtriune_jax.verifiers.answers import LONGEST
-from vtriune_jax.verifiers.detection import rescaled, threshold
+from vtriune_jax.verifiers.detection import scale_to_grid, threshold
 from vtriune_jax.verifiers.parsing import LabelledBox, last_answer, parse_boxes, parse_list
 
 _NUMBER = re.compile(r"[-+]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][-+]?[0-9]{1,3})?")
@@ -39,7 +39,9 @@ def verify(
     wanted = "point_2d" if params.get("point") else "bbox_2d"
     found = _read(last_answer(completion) or "", wanted)
     if found is not None and params.get("det_verifier_normalized"):
-        (found,) = rescaled([found], params.get("grid"))
+        x, y = scale_to_grid(params.get("grid"))
+        x1, y1, x2, y2 = found.coords
+        found = found._replace(coords=(x1 * x, y1 * y, x2 * x, y2 * y))
     form = float(found is not None)
     if found is None:
         iou, inside = 0.0, 0.0

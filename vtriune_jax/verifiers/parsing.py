@@ -6,7 +6,12 @@ Completions are hostile: every function here takes linear time and answers, what
 from __future__ import annotations
 
 import re
+import struct
+from collections.abc import Sequence
+from functools import reduce
+from itertools import chain
 from json import JSONDecodeError
+from operator import iadd
 from typing import Any, NamedTuple
 
 from vtriune_jax.verifiers.notation import loads
@@ -16,7 +21,7 @@ _FENCE = "```"
 _LONGEST = 2**18
 """Characters beyond which a text is no list of boxes: far more than a model may write, and little
 enough that hostile ones are read in a fraction of a second."""
-_LARGEST = 1e9
+LARGEST = 1e9
 """Coordinates beyond this are no pixels of any image (and would overflow an area)."""
 _NUMBERS = {int, float}
 """bool is none."""
@@ -77,9 +82,42 @@ def parse_boxes(text: str) -> list[LabelledBox]:
         if len(coords) != 4 or not _NUMBERS.issuperset(map(type, coords)):
             continue
         x1, y1, x2, y2 = coords
-        if -_LARGEST <= x1 <= x2 <= _LARGEST and -_LARGEST <= y1 <= y2 <= _LARGEST:  # NaN is not
+        if -LARGEST <= x1 <= x2 <= LARGEST and -LARGEST <= y1 <= y2 <= LARGEST:  # NaN is not
             boxes.setdefault((x1, y1, x2, y2), label.lower())
     return list(map(LabelledBox, boxes.keys(), boxes.values()))
+
+
+class Columns(NamedTuple):
+    """Labelled boxes, the numbers and the words by themselves."""
+
+    coords: bytes
+    """x1, y1, x2, y2 of one box after the other, in float64."""
+    labels: list[str]
+
+
+def columns(boxes: Sequence[LabelledBox]) -> Columns:
+    """The same boxes in columns."""
+    numbers = list(chain.from_iterable(box.coords for box in boxes))
+    return Columns(struct.pack(f"{len(numbers)}d", *numbers), [box.label for box in boxes])
+
+
+def parse_columns(text: str) -> Columns | None:
+    """What `parse_boxes` finds, faster, if the list is as it should be; None where that is unsure.
+
+    The caller must see, for many texts at once, that corners are in order and within `LARGEST` and
+    no box is there twice; if not, `parse_boxes` must be asked.
+    """
+    try:
+        entries = parse_list(text)
+        coords = [entry["bbox_2d"] for entry in entries]
+        labels = [entry["label"].lower() for entry in entries]
+        numbers = reduce(iadd, coords, [])
+        packed = struct.pack(f"{len(numbers)}d", *numbers)
+    except (AttributeError, KeyError, TypeError, OverflowError, struct.error):
+        return None
+    if set(map(len, coords)) != {4} or "rue" in text or "alse" in text:  # numbers for Python, too
+        return None
+    return Columns(packed, labels)
 
 
 def parse_list(text: str) -> list[Any]:
