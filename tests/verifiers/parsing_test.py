@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtriune_jax.verifiers.parsing import last_answer, parse_boxes
+from vtriune_jax.verifiers.detection import irregular
+from vtriune_jax.verifiers.parsing import columns, last_answer, parse_boxes, parse_columns
 
 DOG = ((1.0, 2.0, 3.0, 4.0), "dog")
 
@@ -147,3 +148,32 @@ def test_what_python_and_json_print_is_read_back(rows):
     assert found(json.dumps(rows)) == expected
     if all(row["label"].isprintable() for row in rows):
         assert found(repr(rows)) == expected
+
+
+NUMBERS = st.one_of(
+    st.integers(-5, 5), st.floats(allow_nan=False, width=32), st.booleans(), st.none(), st.just("1")
+)
+COORDS = st.one_of(
+    st.lists(NUMBERS, min_size=4, max_size=4), st.lists(NUMBERS, max_size=5), NUMBERS
+)
+ENTRIES = st.one_of(
+    st.fixed_dictionaries(
+        {"bbox_2d": st.lists(st.integers(0, 9), min_size=4, max_size=4)},
+        optional={"label": st.sampled_from(["Dog", "ÄΣ", "true", 'a"b'])},
+    ),
+    st.fixed_dictionaries(
+        {}, optional={"bbox_2d": COORDS, "LABEL": st.just("x"), "label": NUMBERS}
+    ),
+    NUMBERS,
+)
+
+
+@given(st.lists(ENTRIES, max_size=6), st.booleans())
+def test_columns_are_the_boxes_wherever_these_are_regular(entries, python):
+    text = repr(entries) if python else json.dumps(entries)
+    found, boxes = parse_columns(text), parse_boxes(text)
+    assert len(found.coords) == 32 * len(found.labels)
+    if not irregular([found]):
+        assert found == columns(boxes)
+    else:
+        assert len(found.labels) >= len(boxes)

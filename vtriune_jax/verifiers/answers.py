@@ -98,12 +98,12 @@ def best(answer: str | None, truths: Sequence[str], similarity: Any) -> dict[str
 
 
 def _last_box(text: str) -> str | None:
-    r"""Content of the last \boxed{…} whose braces balance."""
+    r"""Content of the last \boxed{…} if its braces balance before it is too long for an answer."""
     start = text.rfind(_BOX)
     if start < 0:
         return None
     depth = 1
-    for brace in _BRACE.finditer(text, start + len(_BOX)):
+    for brace in _BRACE.finditer(text, start + len(_BOX), start + len(_BOX) + LONGEST + 1):
         depth += (brace[0] == "{") - (brace[0] == "}")
         if depth == 0:
             return text[start + len(_BOX) : brace.start()]

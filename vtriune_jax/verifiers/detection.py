@@ -127,8 +127,7 @@ def _size(case: Case) -> int:
 def _prepare(completion: str, text: str, params: Mapping[str, Any], progress: float) -> Case:
     """Text → numbers."""
     true = _truth(text)
-    answer = last_answer(completion) or ""
-    predicted = parse_columns(answer) or columns(parse_boxes(answer))
+    predicted = parse_columns(last_answer(completion) or "")
     tags = completion.count("\n<answer>\n") == 1 and completion.count("\n</answer>") == 1
     weights, completeness = _weights(tuple((params.get("det_reward_ratio") or {}).items()))
     normalized = params.get("det_verifier_normalized")

@@ -66,8 +66,59 @@ def parse_boxes(text: str) -> list[LabelledBox]:
     that was cut off, the complete objects count. Objects without four ordered finite numbers and a
     label are dropped, and so are repetitions of the same coordinates. Empty without such a list.
     """
+    return _boxes(parse_list(text))
+
+
+class Columns(NamedTuple):
+    """Labelled boxes, the numbers and the words by themselves."""
+
+    coords: bytes
+    """x1, y1, x2, y2 of one box after the other, in float64."""
+    labels: list[str]
+
+
+def columns(boxes: Sequence[LabelledBox]) -> Columns:
+    """The same boxes in columns."""
+    numbers = list(chain.from_iterable(box.coords for box in boxes))
+    return Columns(struct.pack(f"{len(numbers)}d", *numbers), [box.label for box in boxes])
+
+
+def parse_columns(text: str) -> Columns:
+    """What `parse_boxes` finds, faster, except that corners may be out of order or too far away and
+    boxes repeated: the caller must see to that, who can do it for many texts at once."""
+    entries = parse_list(text)
+    if "rue" in text or "alse" in text:  # True and False would be packed as numbers
+        return columns(_boxes(entries))
+    try:
+        coords = [entry["bbox_2d"] for entry in entries]
+        labels = [entry["label"].lower() for entry in entries]
+        numbers = reduce(iadd, coords, [])
+        packed = struct.pack(f"{len(numbers)}d", *numbers)
+    except (AttributeError, KeyError, TypeError, OverflowError, struct.error):
+        return columns(_boxes(entries))
+    regular = set(map(len, coords)) <= {4}
+    return Columns(packed, labels) if regular else columns(_boxes(entries))
+
+
+def parse_list(text: str) -> list[Any]:
+    """A list in JSON or Python notation, mended when it was cut off; empty when that fails.
+
+    A code fence around it and one extra pair of brackets are removed.
+    """
+    return _unnest(_parse_list(unfenced(text.strip())))
+
+
+def unfenced(text: str) -> str:
+    """What a Markdown code fence around the whole text holds, or the text."""
+    if not (text.startswith(_FENCE) and text.endswith(_FENCE)):
+        return text
+    inside = text[len(_FENCE) : -len(_FENCE)]
+    return inside.lstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ").strip()
+
+
+def _boxes(entries: Sequence[Any]) -> list[LabelledBox]:
     boxes: dict[tuple[float, float, float, float], str] = {}
-    for entry in parse_list(text):
+    for entry in entries:
         if not isinstance(entry, dict):
             continue
         try:
@@ -85,55 +136,6 @@ def parse_boxes(text: str) -> list[LabelledBox]:
         if -LARGEST <= x1 <= x2 <= LARGEST and -LARGEST <= y1 <= y2 <= LARGEST:  # NaN is not
             boxes.setdefault((x1, y1, x2, y2), label.lower())
     return list(map(LabelledBox, boxes.keys(), boxes.values()))
-
-
-class Columns(NamedTuple):
-    """Labelled boxes, the numbers and the words by themselves."""
-
-    coords: bytes
-    """x1, y1, x2, y2 of one box after the other, in float64."""
-    labels: list[str]
-
-
-def columns(boxes: Sequence[LabelledBox]) -> Columns:
-    """The same boxes in columns."""
-    numbers = list(chain.from_iterable(box.coords for box in boxes))
-    return Columns(struct.pack(f"{len(numbers)}d", *numbers), [box.label for box in boxes])
-
-
-def parse_columns(text: str) -> Columns | None:
-    """What `parse_boxes` finds, faster, if the list is as it should be; None where that is unsure.
-
-    The caller must see, for many texts at once, that corners are in order and within `LARGEST` and
-    no box is there twice; if not, `parse_boxes` must be asked.
-    """
-    try:
-        entries = parse_list(text)
-        coords = [entry["bbox_2d"] for entry in entries]
-        labels = [entry["label"].lower() for entry in entries]
-        numbers = reduce(iadd, coords, [])
-        packed = struct.pack(f"{len(numbers)}d", *numbers)
-    except (AttributeError, KeyError, TypeError, OverflowError, struct.error):
-        return None
-    if set(map(len, coords)) != {4} or "rue" in text or "alse" in text:  # numbers for Python, too
-        return None
-    return Columns(packed, labels)
-
-
-def parse_list(text: str) -> list[Any]:
-    """A list in JSON or Python notation, mended when it was cut off; empty when that fails.
-
-    A code fence around it and one extra pair of brackets are removed.
-    """
-    return _unnest(_parse_list(unfenced(text.strip())))
-
-
-def unfenced(text: str) -> str:
-    """What a Markdown code fence around the whole text holds, or the text."""
-    if not (text.startswith(_FENCE) and text.endswith(_FENCE)):
-        return text
-    inside = text[len(_FENCE) : -len(_FENCE)]
-    return inside.lstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ").strip()
 
 
 def _parse_list(text: str) -> list[Any]:
