@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -92,19 +92,32 @@ def detection_items(count: int, seed: int = 0) -> list[Item]:
     return items[:count]
 
 
-def math_items(count: int, seed: int = 0, repeating: bool = True) -> list[Item]:
-    """Groups of 8 answers, integers, decimals, fractions or surds; half are right.
+NUMBERS = (
+    lambda a, b: f"{a * b}",
+    lambda a, b: f"{a / 4 + b}",
+    lambda a, b: rf"\frac{{{a}}}{{{b}}}",
+    lambda a, b: rf"{a}\sqrt{{{b}}}",
+)
+EXPRESSIONS = (
+    lambda a, b: rf"{a}x^2 - {b}x + 1",
+    lambda a, b: rf"\frac{{{a}\pi}}{{{b}}}",
+    lambda a, b: f"({a}, {b})",
+    lambda a, b: rf"{a * b}\%",
+    lambda a, b: rf"{a}\text{{ cm}}",
+    lambda a, b: rf"\text{{option {a} {b}}}",
+    lambda a, b: f"x = {a - b}",
+)
+
+
+def math_items(
+    count: int, seed: int = 0, repeating: bool = True, kinds: Sequence[Callable] = NUMBERS
+) -> list[Item]:
+    """Groups of 8 answers; half are right.
 
     Of the others two are the same in about every second group, unless not `repeating`: then no
     answer occurs twice, and the truth not either.
     """
     rng = random.Random(seed)
-    kinds = (
-        lambda a, b: f"{a * b}",
-        lambda a, b: f"{a / 4 + b}",
-        lambda a, b: rf"\frac{{{a}}}{{{b}}}",
-        lambda a, b: rf"{a}\sqrt{{{b}}}",
-    )
     items = []
     while len(items) < count:
         kind, a, b = rng.choice(kinds), rng.randint(2, 999), rng.randint(2, 999)
@@ -231,6 +244,7 @@ def cost(process: psutil.Process, ask, address: str, items: Sequence[Item]) -> f
 def print_costs(cores: int, scale: float) -> None:
     boxes, sums = detection_items(int(16_384 * scale)), math_items(int(3_072 * scale))
     new = math_items(int(2_048 * scale), repeating=False)
+    other = math_items(int(2_048 * scale), repeating=False, kinds=EXPRESSIONS)
     warm = [*detection_items(256, seed=2), *math_items(256, seed=2)]
     few = slice(int(512 * scale))
     with plain(cores) as (process, address):
@@ -238,11 +252,15 @@ def print_costs(cores: int, scale: float) -> None:
         plain_boxes = cost(process, ask_plain, address, boxes[few])
         plain_sums = cost(process, ask_plain, address, sums[: 2 * few.stop])
         plain_new = cost(process, ask_plain, address, new[: 2 * few.stop])
+        plain_other = cost(process, ask_plain, address, other[: 2 * few.stop])
     with ours(cores, "--cache", "0") as (process, address):
         ask_ours(address, warm)
         print_line("detection, 5-20 boxes", plain_boxes, cost(process, ask_ours, address, boxes))
-        print_line("math", plain_sums, cost(process, ask_ours, address, sums))
-        print_line("math, no answer twice", plain_new, cost(process, ask_ours, address, new))
+        print_line("math, numbers", plain_sums, cost(process, ask_ours, address, sums))
+        print_line("math, no number twice", plain_new, cost(process, ask_ours, address, new))
+        print_line(
+            "math, no expression twice", plain_other, cost(process, ask_ours, address, other)
+        )
     with ours(cores) as (process, address):
         ask_ours(address, sums)
         print_line(

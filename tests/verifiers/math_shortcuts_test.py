@@ -23,8 +23,8 @@ NUMBER = st.one_of(
 )  # fmt: skip
 EXPRESSIONS = r"""
 x^2+1 1+x^2 \frac{x}{2} 2\pi 50\% 50 1/2 \frac12 \frac{1}{2} 0.5 .5 A \text{(B)} \text{yes} yes
-listen silent (1,2) [1,2] \{1,2\} 1,2 2,1 x=5 5 3:4 1,000 1000 12\text{cm} 12 x<3 3>x 90^\circ 90 0.333333
-\frac{1}{3} 1.000001 1.0000014 1 \$5 5\,percent 2\text{and}3 {2} 007 -0
+listen silent (1,2) [1,2] \{1,2\} 1,2 2,1 x=5 5 3:4 1,000 1000 12\text{cm} 12 x<3 3>x 90^\circ 90
+0.333333 \frac{1}{3} 1.000001 1.0000014 1 \$5 5\,percent 2\text{and}3 {2} 007 -0
 """
 EXPRESSION = st.sampled_from([*EXPRESSIONS.split(), "", "12 cm", "2 and 3", "50 percent"])
 AROUND = st.sampled_from(
