@@ -30,6 +30,19 @@ def area(coords: Float[Array, "*batch 4"]) -> Float[Array, "*batch"]:
     return xp.maximum(width, 0) * xp.maximum(height, 0)
 
 
+def pairs_of_labels(
+    left: Boxes, right: Boxes
+) -> tuple[Bool[Array, "*batch m n"], Bool[Array, "*batch m n"]]:
+    """Which pairs are real, i.e. not of the padding, and which of them have equal labels."""
+    masks, labels = (
+        (batch_last(a, 1)[:, None], batch_last(b, 1))
+        for a, b in ((left.mask, right.mask), (left.labels, right.labels))
+    )
+    real = masks[0] & masks[1]
+    same = real & (labels[0] == labels[1])
+    return batch_first(real, left.mask.shape[:-1]), batch_first(same, left.mask.shape[:-1])
+
+
 def pairwise_iou(
     left: Float[Array, "*batch m 4"], right: Float[Array, "*batch n 4"]
 ) -> Float[Array, "*batch m n"]:

@@ -12,13 +12,13 @@ from vtriune_jax.rewards.arrays import (
     Array,
     batch_first,
     batch_last,
-    comparable,
-    largest,
+    masked,
     namespace,
     scan,
     stable_order,
 )
 from vtriune_jax.rewards.boxes import Boxes, area
+from vtriune_jax.rewards.in_turn import in_turn
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 MAX_DETECTIONS = 100
@@ -43,16 +43,21 @@ def coco_map(
     larger than 10¹⁰ only the hits.
     """
     xp = namespace(iou)
+    # flipped, so that the first of equally good boxes is the later one
+    candidates = xp.flip(masked(batch_last(iou, 2), batch_last(same_label, 2)), axis=1)
+    least = xp.asarray(np.minimum(THRESHOLDS, 1 - 1e-10), dtype=iou.dtype)[:, None]
+    least = xp.broadcast_to(least, (len(THRESHOLDS), candidates.shape[2]))
+    hit = in_turn(candidates, least) >= 0  # [p, 10, batch]
+
     # class by class, in each as listed; the padding last
     labels = xp.where(predicted.mask, predicted.labels, xp.iinfo(predicted.labels.dtype).max)
     order = stable_order(labels)
     labels = batch_last(xp.take_along_axis(labels, order, axis=-1), 1)
-    candidates = xp.take_along_axis(xp.where(same_label, iou, -1.0), order[..., None], axis=-2)
-    candidates = xp.flip(candidates, axis=-1)  # so that the first of equally good is the later one
-    counted = xp.take_along_axis(area(predicted.coords) <= MAX_AREA, order, axis=-1)
+    counted = batch_last(xp.take_along_axis(area(predicted.coords) <= MAX_AREA, order, axis=-1), 1)
+    hit = xp.take_along_axis(hit, batch_last(order, 1)[:, None], axis=0)
     first = _first_of_class(labels)
-    hit, found, rank = _ranked(batch_last(candidates, 2), first, batch_last(counted, 1))
-    precision = _non_increasing(found / (rank + _EPSILON), first)  # [p, 10, batch]
+    hit, found, rank = _ranked(hit, first, counted)
+    precision = _non_increasing(found / (rank + _EPSILON), first)
 
     # Recall only rises at hits: each one weighs as many of the 101 recalls as it is first to reach.
     positives = batch_last(xp.take_along_axis(same_label.sum(axis=-1), order, axis=-1), 1)
@@ -70,31 +75,22 @@ def _first_of_class(labels: Array) -> Array:
     return xp.concat([xp.ones_like(labels[:1], dtype=bool), labels[1:] != labels[:-1]])
 
 
-def _ranked(candidates: Array, first: Array, counted: Array) -> tuple[Array, Array, Array]:
-    """Match, in order, predictions with candidates [p, g, batch] (−1: not of one label).
+def _ranked(hit: Array, first: Array, counted: Array) -> tuple[Array, Array, Array]:
+    """Which are hits, the hits of a class so far, and how many of the class counted so far.
 
-    Returns [p, 10, batch] whether each one is a hit, the hits of its class so far, and how many of
-    its class counted so far: the hits and those that count even if they are none.
+    Those that count are the hits and what counts even if it is none. All [p, 10, batch].
     """
-    xp = namespace(candidates)
-    g = candidates.shape[1]
-    least = xp.asarray(np.minimum(THRESHOLDS, 1 - 1e-10), dtype=candidates.dtype)[:, None]
-    candidates, least, _ = comparable(candidates, least)
+    xp = namespace(hit)
 
     def take(state: tuple[Array, ...], part: tuple[Array, ...]) -> tuple[Any, tuple[Array, ...]]:
-        free, found, rank, seen = state
-        candidates, first, counted = part
-        found, rank, seen = (xp.where(first, 0, each) for each in (found, rank, seen))
-        best, place = largest(candidates[:, None], free)  # [10, batch]
-        hit = (best >= least) & (seen < MAX_DETECTIONS)
+        hit, first, counted = part
+        found, rank, seen = (xp.where(first, 0, each) for each in state)
+        hit = hit & (seen < MAX_DETECTIONS)
         found, rank = found + hit, rank + (hit | counted)
-        state = (free & ~(place & hit), found, rank, seen + 1)
-        return state, (hit, found, rank)
+        return (found, rank, seen + 1), (hit, found, rank)
 
-    shape = (len(THRESHOLDS), candidates.shape[2])
-    none = xp.zeros(shape, xp.int32)
-    start = xp.ones((g, *shape), bool), none, none, none[0]
-    return scan(take, start, (candidates, first, counted))[1]
+    none = xp.zeros(hit.shape[1:], xp.int32)
+    return scan(take, (none, none, none[0]), (hit, first, counted))[1]
 
 
 def _non_increasing(precision: Array, first: Array) -> Array:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 
 from vtriune_jax.rewards.arrays import Array, namespace
-from vtriune_jax.rewards.boxes import Boxes, pairwise_iou
+from vtriune_jax.rewards.boxes import Boxes, pairs_of_labels, pairwise_iou
 from vtriune_jax.rewards.coco import coco_map
 from vtriune_jax.rewards.matching import Match, completeness, iou_first, label_first
 from vtriune_jax.rewards.shaping import size_penalty, weighted_mean
@@ -48,8 +48,7 @@ def detection_parts(
     xp = namespace(predicted.coords)
     dtype = predicted.coords.dtype
     iou = pairwise_iou(predicted.coords, true.coords)
-    real = predicted.mask[..., :, None] & true.mask[..., None, :]
-    same = real & (predicted.labels[..., :, None] == true.labels[..., None, :])
+    real, same = pairs_of_labels(predicted, true)
     p, g = (xp.astype(side.mask.sum(axis=-1), dtype) for side in (predicted, true))
     boxes = xp.maximum(g, 1)[..., None]
 

@@ -14,12 +14,12 @@ from vtriune_jax.rewards.arrays import (
     Array,
     batch_first,
     batch_last,
-    comparable,
-    largest,
+    first,
+    masked,
     namespace,
-    scan,
     while_loop,
 )
+from vtriune_jax.rewards.in_turn import in_turn, lowest
 
 
 class Match(NamedTuple):
@@ -43,19 +43,9 @@ def label_first(
     `same_label`.
     """
     xp = namespace(iou)
-    by_truth = xp.permute_dims(batch_last(xp.where(same_label, iou, -1.0), 2), (1, 0, 2))
-    least = xp.maximum(batch_last(thresholds, 1), 0)
-    by_truth, least, value = comparable(by_truth, least)
-    n = by_truth.shape[1]
-
-    def take(free: Array, part: tuple[Array]) -> tuple[Array, tuple[Array, Array]]:
-        best, place = largest(part[0][:, None, :], free)  # [t, batch]
-        hit = best >= least
-        return free & ~(place & hit), (best, hit)
-
-    free = xp.ones((n, *least.shape), bool)
-    _, (best, hit) = scan(take, free, (by_truth,))
-    found = xp.where(hit, value(best), 0.0).sum(axis=0), xp.astype(hit.sum(axis=0), iou.dtype)
+    by_truth = xp.permute_dims(masked(batch_last(iou, 2), batch_last(same_label, 2)), (1, 0, 2))
+    got = in_turn(by_truth, xp.maximum(batch_last(thresholds, 1), 0))
+    found = xp.maximum(got, 0).sum(axis=0), xp.astype((got >= 0).sum(axis=0), iou.dtype)
     return Match(*(batch_first(each, iou.shape[:-2]) for each in found))
 
 
@@ -72,30 +62,30 @@ def iou_first(
     """
     xp = namespace(iou)
     least = xp.maximum(batch_last(thresholds, 1), 0)
-    # below every threshold (a threshold of NaN is none) a pair neither counts nor stands in the way
-    lowest = xp.where(xp.isnan(least), xp.inf, least).min(axis=0)
-    candidates = batch_last(xp.where(real, iou, -1.0), 2)
-    candidates, _, _ = comparable(xp.where(candidates >= lowest, candidates, -1.0), lowest)
+    values, same = batch_last(iou, 2), batch_last(same_label, 2)
+    # below every threshold a pair neither counts nor stands in the way
+    values = masked(values, batch_last(real, 2) & (values >= lowest(least)))
 
-    def unfinished(state: tuple[Array, Array]) -> Array:
+    def unfinished(state: tuple[Array, ...]) -> Array:
         return (state[0] >= 0).any()
 
-    def take(state: tuple[Array, Array]) -> tuple[Array, Array]:
+    def take(state: tuple[Array, ...]) -> tuple[Array, ...]:
         # What is best in its row and in its column is so when its turn comes: all at once.
-        candidates, chosen = state
-        usable = candidates >= 0
-        _, row = largest(candidates, usable)
-        _, column = largest(*(xp.permute_dims(each, (1, 0, 2)) for each in (candidates, usable)))
-        best = row & xp.permute_dims(column, (1, 0, 2)) & usable
-        used = best.any(axis=1)[:, None] | best.any(axis=0)
-        return xp.where(used, -1, candidates), chosen | best
+        of_row, values, matched, equal = state
+        of_row, of_column = (
+            xp.where(each >= 0, each, 2) for each in (of_row, values.max(axis=0, initial=-1))
+        )
+        best = first(values == of_row[:, None], 1)[0] & first(values == of_column, 0)[0]
+        rows = best.any(axis=1)
+        values = masked(values, ~(rows[:, None] | best.any(axis=0)))
+        matched = xp.where(rows, of_row, matched)
+        return values.max(axis=1), values, matched, equal | (best & same).any(axis=1)
 
-    _, chosen = while_loop(unfinished, take, (candidates, xp.zeros(candidates.shape, bool)))
-    pairs = xp.where(chosen, batch_last(iou, 2), -1.0)
-    value = pairs.max(axis=1)  # [p, batch]
-    earned = xp.where(batch_last(same_label, 2), pairs, 0.0).max(axis=1)
-    hit = value[:, None] >= least  # [p, t, batch]
-    credit = xp.where(hit, earned[:, None], 0.0).sum(axis=0)
+    of_row = values.max(axis=1, initial=-1)
+    start = of_row, values, xp.full_like(of_row, -1), xp.zeros(of_row.shape, bool)
+    _, _, matched, equal = while_loop(unfinished, take, start)  # [p, batch]
+    hit = matched[:, None] >= least  # [p, t, batch]
+    credit = (hit * (matched * equal)[:, None]).sum(axis=0)
     found = credit, xp.astype(hit.sum(axis=0), iou.dtype)
     return Match(*(batch_first(each, iou.shape[:-2]) for each in found))
 
