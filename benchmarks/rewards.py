@@ -18,6 +18,7 @@ import json
 import os
 import random
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -242,30 +243,37 @@ def cost(process: psutil.Process, ask, address: str, items: Sequence[Item]) -> f
 
 
 def print_costs(cores: int, scale: float) -> None:
-    boxes, sums = detection_items(int(16_384 * scale)), math_items(int(3_072 * scale))
-    new = math_items(int(2_048 * scale), repeating=False)
-    other = math_items(int(2_048 * scale), repeating=False, kinds=EXPRESSIONS)
-    warm = [*detection_items(256, seed=2), *math_items(256, seed=2)]
-    few = slice(int(512 * scale))
-    with plain(cores) as (process, address):
-        ask_plain(address, warm)
-        plain_boxes = cost(process, ask_plain, address, boxes[few])
-        plain_sums = cost(process, ask_plain, address, sums[: 2 * few.stop])
-        plain_new = cost(process, ask_plain, address, new[: 2 * few.stop])
-        plain_other = cost(process, ask_plain, address, other[: 2 * few.stop])
-    with ours(cores, "--cache", "0") as (process, address):
-        ask_ours(address, warm)
-        print_line("detection, 5-20 boxes", plain_boxes, cost(process, ask_ours, address, boxes))
-        print_line("math, numbers", plain_sums, cost(process, ask_ours, address, sums))
-        print_line("math, no number twice", plain_new, cost(process, ask_ours, address, new))
-        print_line(
-            "math, no expression twice", plain_other, cost(process, ask_ours, address, other)
-        )
+    """Both servers are up and asked in turn, each three times; the medians count."""
+    numbers = math_items(int(6_144 * scale))
+    lines = {
+        "detection, 5-20 boxes": (detection_items(int(24_576 * scale)), 256),
+        "math, numbers": (numbers, 512),
+        "math, no number twice": (math_items(int(6_144 * scale), repeating=False), 512),
+        "math, no expression twice": (
+            math_items(int(1_536 * scale), repeating=False, kinds=EXPRESSIONS),
+            512,
+        ),
+    }
+    medians = {}
+    with (
+        plain(cores) as (plain_process, plain_address),
+        ours(cores, "--cache", "0") as (our_process, our_address),
+    ):
+        warm = [*detection_items(256, seed=2), *math_items(256, seed=2)]
+        ask_plain(plain_address, warm)
+        ask_ours(our_address, warm)
+        for name, (items, few) in lines.items():
+            costs = []
+            for k in range(3):
+                some = items[k * len(items) // 3 : (k + 1) * len(items) // 3]
+                plain_cost = cost(plain_process, ask_plain, plain_address, some[: int(few * scale)])
+                costs.append((plain_cost, cost(our_process, ask_ours, our_address, some)))
+            medians[name] = [statistics.median(each) for each in zip(*costs, strict=True)]
+            print_line(name, *medians[name])
     with ours(cores) as (process, address):
-        ask_ours(address, sums)
-        print_line(
-            "math, completions seen before", plain_sums, cost(process, ask_ours, address, sums * 4)
-        )
+        ask_ours(address, numbers)
+        again = cost(process, ask_ours, address, numbers * 2)
+        print_line("math, completions seen before", medians["math, numbers"][0], again)
 
 
 def print_line(name: str, plain: float, ours: float) -> None:
