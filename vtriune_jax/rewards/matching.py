@@ -44,7 +44,7 @@ def label_first(
     """
     xp = namespace(iou)
     by_truth = xp.permute_dims(masked(batch_last(iou, 2), batch_last(same_label, 2)), (1, 0, 2))
-    got = in_turn(by_truth, xp.maximum(batch_last(thresholds, 1), 0))
+    got = in_turn(by_truth, batch_last(thresholds, 1))
     found = xp.maximum(got, 0).sum(axis=0), xp.astype((got >= 0).sum(axis=0), iou.dtype)
     return Match(*(batch_first(each, iou.shape[:-2]) for each in found))
 
