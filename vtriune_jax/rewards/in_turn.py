@@ -64,7 +64,7 @@ def _by_preferences(values: Array, least: Array) -> Array:
 
         def prefer(k: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
             taken, got = state
-            mine = jnp.where(word[k] == words, bit[k], 0)
+            mine = bit[k] if len(words) == 1 else jnp.where(word[k] == words, bit[k], 0)
             chosen = ((taken & mine) == 0).all(axis=0) & (got < 0) & (value[k] >= least)
             return taken | chosen * mine, jnp.where(chosen, value[k], got)
 
