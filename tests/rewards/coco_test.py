@@ -10,6 +10,8 @@ import pytest
 from vtriune_jax.rewards.boxes import pairwise_iou
 from vtriune_jax.rewards.buckets import buckets, pad
 from vtriune_jax.rewards.coco import coco_map
+from vtriune_jax.rewards.ragged import ragged_parts
+from vtriune_jax.rewards.ragged_boxes import Ragged
 
 cocoeval = pytest.importorskip("pycocotools.cocoeval")
 coco = pytest.importorskip("pycocotools.coco")
@@ -97,6 +99,23 @@ def test_numpy_equals_pycocotools(cases):
     images, expected = cases
     np.testing.assert_allclose(ours(images, maps), expected, rtol=0, atol=1e-12)
     assert 0.2 < expected[:, 0].mean() < 0.8
+
+
+def test_ragged_lists_equal_pycocotools(cases):
+    """What the verifier service computes."""
+    images, expected = cases
+    predicted, true = (
+        Ragged(
+            np.array([box for side in sides for box, _ in side], float),
+            np.array([label for side in sides for _, label in side]),
+            np.array([len(side) for side in sides]),
+        )
+        for sides in zip(*images, strict=True)
+    )
+    settings = np.full(CASES, 0.5), np.ones((CASES, 5)), np.zeros(CASES)
+    found = ragged_parts(predicted, true, *settings)
+    found = np.stack([found[name] for name in ("map", "map50", "map75")], axis=-1)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
 def test_of_equally_good_boxes_the_later_one_is_taken():
