@@ -7,7 +7,7 @@ expect    not yet measured; the paper's Orsta-7B: MEGA-Bench Core 35.07 → 38.3
 
 Checkpoint and data are expected in `checkpoints/` and `data/`, as their pages on Hugging Face name
 them (Qwen/Qwen2.5-VL-7B-Instruct, One-RL-to-See-Them-All/Orsta-Data-47k). Off-policy as in the
-paper: --config.grpo.minibatches=8 --config.grpo.lr=5e-7 --config.batch.micro_batches=16.
+paper: --config.grpo.minibatches=8 --config.grpo.lr=5e-7 --config.batch.micro_batches=8.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ def get_config() -> Any:
     config.batch.prompt_tokens = 2048
     config.batch.completion_tokens = 2048
     config.batch.windows = 100
-    config.batch.micro_batches = 128  # on 16 devices: a prompt and 4 completions each at once
+    config.batch.micro_batches = 64  # on 16 devices: a group each at once
 
     config.sft.prompts = 1024  # no supervised stage; a multiple of micro_batches all the same
     config.verifiers.workers = 16
