@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -49,11 +50,16 @@ def model_flops(program: Program) -> float:
 
 
 def executed_flops(program: Program) -> float:
-    """FLOPs of all matrix products that the update contains, those that are repeated included.
+    """FLOPs of all matrix products that the update contains, those that are repeated included."""
+    return products(program.update, program.state, program.batch)
+
+
+def products(function: jax.stages.Wrapped, *arguments: Any) -> float:
+    """FLOPs of all matrix products of a jitted function, called with arrays or their shapes.
 
     What nothing needs, such as the gradient of a frozen matrix, is left out, as XLA does.
     """
-    jaxpr = program.update.trace(program.state, program.batch).jaxpr.jaxpr
+    jaxpr = function.trace(*arguments).jaxpr.jaxpr
     return _products(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
