@@ -65,17 +65,17 @@ def batches(groups, advantages, weights, vision_trained=False, unit=1):
         )
 
 
-def assert_equal(got, want):
-    """As close as float32 sums in another order come (seen: 7e-7 of the gradient). Parts of the
-    gradient may be mere rounding, as of keys' biases, and sums may cancel."""
+def assert_equal(got, want, limit=1e-6):
+    """To 1e-6: of the gradient's norm, also where a single parameter's is small (of keys' biases it
+    is mere rounding); of a metric's value, or per token where it cancels."""
     whole = optax.tree.norm(want[0])
     errors = jax.tree.map(lambda a, b: np.linalg.norm(a - b), got[0], want[0])
-    assert optax.tree.norm(errors) <= 2e-6 * whole
+    assert optax.tree.norm(errors) <= limit * whole
     for error, leaf in zip(jax.tree.leaves(errors), jax.tree.leaves(want[0]), strict=True):
-        assert error <= 2e-6 * max(np.linalg.norm(leaf), 0.1 * whole)
+        assert error <= limit * max(np.linalg.norm(leaf), whole / 4)
     assert got[1].keys() == want[1].keys()
     for name, (total, count) in got[1].items():
-        near = {"rtol": 2e-6, "atol": 1e-6 * np.max(count), "err_msg": name}
+        near = {"rtol": limit, "atol": limit * np.max(count), "err_msg": name}
         np.testing.assert_allclose(total, want[1][name][0], **near)
         np.testing.assert_array_equal(count, want[1][name][1], err_msg=name)
 
@@ -101,10 +101,13 @@ def drawn(draw, n):
     return groups, rng.normal(size=(GROUPS, n)).astype(np.float32), weights
 
 
+# In GSPO the rounding of a sum of log-probs, exponentiated, weighs a whole completion (seen: 1.02e-6).
 @pytest.mark.parametrize(
-    ("loss", "n", "micro_batches"), [(GSPO, 3, 1), (DR, 2, 2)], ids=["gspo", "dr, two pieces"]
+    ("loss", "n", "micro_batches", "limit"),
+    [(GSPO, 3, 1, 2e-6), (DR, 2, 2, 1e-6)],
+    ids=["gspo", "dr, two pieces"],
 )
-def test_gradients_do_not_depend_on_the_rows(loss, n, micro_batches):
+def test_gradients_do_not_depend_on_the_rows(loss, n, micro_batches, limit):
     kinds = set()
 
     @settings(max_examples=6, deadline=None, database=None, derandomize=True)
@@ -114,7 +117,7 @@ def test_gradients_do_not_depend_on_the_rows(loss, n, micro_batches):
         want = gradient(single, loss, FREEZE, micro_batches)
         for rows, batch in others:
             kinds.add((rows.kind, rows.n))
-            assert_equal(gradient(batch, loss, FREEZE, micro_batches), want)
+            assert_equal(gradient(batch, loss, FREEZE, micro_batches), want, limit)
 
     check()
     assert ("group", n) in kinds

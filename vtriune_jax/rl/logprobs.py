@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 BANNED_LOGIT = -1e30
 """Finite, so that probability 0 times this logit is 0 and not NaN."""
+
+
+class Rules(NamedTuple):
+    """What is not an array of a block: hashable, known when it is compiled."""
+
+    temperature: float
+    banned_ids: tuple[int, ...]
+    entropy_gradient: bool
+    keep_logits: bool
+    """For the backward pass, which computes them again otherwise."""
 
 
 def token_logps(
@@ -36,14 +48,19 @@ def token_logps(
     At most `max_logits` logits exist at once: the tokens axis is walked in chunks (the rows axis is
     the sharded one) that are computed again in the backward pass. When all fit, nothing is computed
     twice.
+
+    The gradient is written out, so that it is one pass over the logits and two products of the type
+    of `hidden`, as is the forward one; that of the head is added up in the head's own type:
+
+        ∂/∂z = g (1[target] − p) − h p (z − logsumexp(z) + H)   g, h: gradients of log p and H
     """
     rows, tokens, _ = hidden.shape
     vocab = head.shape[1]
-    allowed = np.ones(vocab, bool)
-    allowed[list(banned_ids)] = False
     fitting = max(1, max_logits // max(1, rows * vocab))
-    if tokens <= fitting:
-        return _block(hidden, head, targets, temperature, allowed, entropy_gradient)
+    whole = tokens <= fitting
+    rules = Rules(temperature, tuple(banned_ids), entropy_gradient, keep_logits=whole)
+    if whole:
+        return _block(rules, hidden, head, targets)
 
     chunks = -(-tokens // fitting)
     chunk = -(-tokens // chunks)
@@ -56,36 +73,82 @@ def token_logps(
     def join(x):
         return jnp.moveaxis(x, 0, 1).reshape(rows, chunks * chunk)[:, :tokens]
 
-    @jax.checkpoint
     def one(chunk):
-        return _block(chunk[0], head, chunk[1], temperature, allowed, entropy_gradient)
+        return _block(rules, chunk[0], head, chunk[1])
 
     logps, entropy = jax.lax.map(one, (split(hidden), split(targets)))
     return join(logps), join(entropy)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _block(
+    rules: Rules,
     hidden: Float[Array, "rows tokens embed"],
     head: Float[Array, "embed vocab"],
     targets: Int[Array, "rows tokens"],
-    temperature: float,
-    allowed: Bool[np.ndarray, " vocab"],
-    entropy_gradient: bool,
 ) -> tuple[Float[Array, "rows tokens"], Float[Array, "rows tokens"]]:
-    # The head is cast here, inside the chunk, so that its gradient adds up in the head's own type.
-    logits = jnp.einsum(
-        "rte,ev->rtv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
-    logits = logits / temperature
-    if not allowed.all():
-        logits = jnp.where(allowed, logits, BANNED_LOGIT)
-    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    """`token_logps` of all tokens at once."""
+    return _block_forward(rules, hidden, head, targets)[0]
+
+
+def _block_forward(
+    rules: Rules, hidden: Array, head: Array, targets: Array
+) -> tuple[tuple[Array, Array], tuple]:
+    logits = _logits(rules, hidden, head)
+    top = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - top)
     total = weights.sum(-1)
     normalizer = jnp.log(total) + top[..., 0]
-    # A comparison instead of a gather: it stays local when the vocabulary is sharded.
-    chosen = (jnp.arange(logits.shape[-1]) == targets[..., None]) & allowed
-    possible = jnp.asarray(allowed)[targets]
+    chosen, possible = _chosen(rules, head, targets)
     logps = jnp.where(possible, jnp.where(chosen, logits, 0.0).sum(-1) - normalizer, 0.0)
     entropy = normalizer - (weights * logits).sum(-1) / total
-    return logps, entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
+    kept = logits if rules.keep_logits else None
+    return (logps, entropy), (hidden, head, targets, kept, normalizer, entropy)
+
+
+def _block_backward(
+    rules: Rules, kept: tuple, gradients: tuple[Array, Array]
+) -> tuple[Array, Array, None]:
+    hidden, head, targets, logits, normalizer, entropy = kept
+    logits = _logits(rules, hidden, head) if logits is None else logits
+    chosen, possible = _chosen(rules, head, targets)
+    to_logps, to_entropy = (gradient[..., None] for gradient in gradients)
+    shifted = logits - normalizer[..., None]
+    probs = jnp.exp(shifted)
+    change = jnp.where(possible[..., None], to_logps, 0.0) * (chosen - probs)
+    if rules.entropy_gradient:
+        change -= to_entropy * probs * (shifted + entropy[..., None])
+    change = (change / rules.temperature).astype(hidden.dtype)
+    to_hidden = jnp.einsum("rtv,ev->rte", change, head.astype(hidden.dtype))
+    to_head = jnp.einsum("rte,rtv->ev", hidden, change, preferred_element_type=head.dtype)
+    return to_hidden, to_head, None
+
+
+_block.defvjp(_block_forward, _block_backward)
+
+
+def _logits(rules: Rules, hidden: Array, head: Array) -> Float[Array, "rows tokens vocab"]:
+    """Float32, divided by the temperature, without banned ids."""
+    logits = jnp.einsum(
+        "rte,ev->rtv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+    logits = logits / rules.temperature
+    return jnp.where(_allowed(rules, head), logits, BANNED_LOGIT) if rules.banned_ids else logits
+
+
+def _chosen(
+    rules: Rules, head: Array, targets: Array
+) -> tuple[Bool[Array, "rows tokens vocab"], Bool[Array, "rows tokens"]]:
+    """Where each target stands among the logits, and whether it is a possible one.
+
+    A comparison instead of a gather: it stays local when the vocabulary is sharded.
+    """
+    allowed = _allowed(rules, head)
+    chosen = (jnp.arange(head.shape[1]) == targets[..., None]) & allowed
+    return chosen, jnp.asarray(allowed)[targets]
+
+
+def _allowed(rules: Rules, head: Array) -> Bool[np.ndarray, " vocab"]:
+    allowed = np.ones(head.shape[1], bool)
+    allowed[list(rules.banned_ids)] = False
+    return allowed
