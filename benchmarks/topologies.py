@@ -3,7 +3,8 @@
     python benchmarks/topologies.py [FOLDER]      # needs the TPU compiler: pip install 'jax[tpu]'
 
 One `python -m vtriune_jax.compile` a row, some minutes each; their JSON files go into FOLDER
-(runs/topologies), and rows that are there already are not compiled again. Prints markdown.
+(runs/topologies), and rows that are there already are not compiled again. The table is printed, and
+put between its marks in README.md.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 PROGRAMS = (
     ("orsta_3b", "v6e:2x4", ""),
     ("orsta_7b", "v5p:2x2x4", ""),
-    ("orsta_7b", "v6e:4x4", "grpo.minibatches=8 batch.micro_batches=32"),
+    ("orsta_7b", "v6e:4x4", "grpo.minibatches=8 batch.micro_batches=8"),
     ("orsta_32b", "v5p:4x4x4", ""),
     ("orsta_72b", "v5p:4x4x8", ""),
 )
@@ -24,13 +25,25 @@ HEAD = """\
 | tokens per update | sent per device, TB | bound, s | MFU, at most |
 |---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"""
 GIB = 2**30
+README = Path(__file__).resolve().parents[1] / "README.md"
+MARKS = "<!-- by benchmarks/topologies.py -->\n", "<!-- end -->\n"
 
 
 def main(folder: Path) -> None:
     """Compiles what is missing, then prints the table."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [line(numbers(*program, folder), program[2]) for program in PROGRAMS]
-    print("\n".join([HEAD, *rows]))
+    table = "\n".join([HEAD, *rows]) + "\n"
+    print(table, end="")
+    README.write_text(put(table, README.read_text()))
+
+
+def put(table: str, text: str) -> str:
+    """The text with the table between its marks; as it was, if there are none."""
+    if not all(mark in text for mark in MARKS):
+        return text
+    before, rest = text.split(MARKS[0], 1)
+    return before + MARKS[0] + table + MARKS[1] + rest.split(MARKS[1], 1)[1]
 
 
 def numbers(config: str, topology: str, keys: str, folder: Path) -> dict:

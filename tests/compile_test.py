@@ -154,7 +154,12 @@ def test_slices_send_gradients_only_over_the_slow_network(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "topology"),
-    [("orsta_3b", "v6e:2x4"), ("orsta_7b", "v5p:2x2x4"), ("orsta_32b", "v5p:4x4x4")],
+    [
+        ("orsta_3b", "v6e:2x4"),
+        ("orsta_7b", "v5p:2x2x4"),
+        ("orsta_32b", "v5p:4x4x4"),
+        ("orsta_72b", "v5p:4x4x8"),
+    ],
 )
 def test_the_configs_fit_their_topologies_with_room(config, topology, tmp_path):
     file = tmp_path / "numbers.json"

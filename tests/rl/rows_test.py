@@ -1,6 +1,7 @@
 """Group rows = packed rows = single rows: loss, metrics and gradient of one update."""
 
 import functools
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -17,8 +18,9 @@ from tests.rl.tiny_update import COMPLETION, CONFIG, FREEZE, SFT
 from vtriune_jax import models, sharding
 from vtriune_jax.data.packing import pack, stack_vision
 from vtriune_jax.data.rows import KINDS, choose, needs
+from vtriune_jax.rl import update as updates
 from vtriune_jax.rl.losses import LossConfig
-from vtriune_jax.rl.policy import make_logps
+from vtriune_jax.rl.policy import make_logps, policy_logps
 from vtriune_jax.rl.update import init_state, make_update
 
 GROUPS = 4
@@ -101,14 +103,21 @@ def drawn(draw, n):
     return groups, rng.normal(size=(GROUPS, n)).astype(np.float32), weights
 
 
-# In GSPO the rounding of a sum of log-probs, exponentiated, weighs a whole completion (seen: 1.02e-6).
+# In GSPO the rounding of a sum of log-probs weighs a whole completion (seen: 1.02e-6).
 @pytest.mark.parametrize(
     ("loss", "n", "micro_batches", "limit"),
     [(GSPO, 3, 1, 2e-6), (DR, 2, 2, 1e-6)],
     ids=["gspo", "dr, two pieces"],
 )
-def test_gradients_do_not_depend_on_the_rows(loss, n, micro_batches, limit):
-    kinds = set()
+def test_gradients_do_not_depend_on_the_rows(loss, n, micro_batches, limit, monkeypatch):
+    """And each shape is traced once, and once more to learn of the results of a piece."""
+    kinds, traced = set(), []
+
+    def counted(graphdef, params, batch, *more):
+        traced.append((batch.ids.shape, batch.mask.shape, batch.predictors is None))
+        return policy_logps(graphdef, params, batch, *more)
+
+    monkeypatch.setattr(updates, "policy_logps", counted)
 
     @settings(max_examples=6, deadline=None, database=None, derandomize=True)
     @given(drawn(n))
@@ -120,6 +129,7 @@ def test_gradients_do_not_depend_on_the_rows(loss, n, micro_batches, limit):
             assert_equal(gradient(batch, loss, FREEZE, micro_batches), want, limit)
 
     check()
+    assert set(Counter(traced).values()) == {1 if micro_batches == 1 else 2}
     assert ("group", n) in kinds
     assert {rows for kind, rows in kinds if kind == "packed"} & {2, 4}
 
