@@ -21,8 +21,8 @@ class Rules(NamedTuple):
     temperature: float
     banned_ids: tuple[int, ...]
     entropy_gradient: bool
-    keep_logits: bool
-    """For the backward pass, which computes them again otherwise."""
+    keep: bool
+    """Logits and probabilities, for the backward pass, which computes them again otherwise."""
 
 
 def token_logps(
@@ -58,7 +58,7 @@ def token_logps(
     vocab = head.shape[1]
     fitting = max(1, max_logits // max(1, rows * vocab))
     whole = tokens <= fitting
-    rules = Rules(temperature, tuple(banned_ids), entropy_gradient, keep_logits=whole)
+    rules = Rules(temperature, tuple(banned_ids), entropy_gradient, keep=whole)
     if whole:
         return _block(rules, hidden, head, targets)
 
@@ -102,22 +102,23 @@ def _block_forward(
     chosen, possible = _chosen(rules, head, targets)
     logps = jnp.where(possible, jnp.where(chosen, logits, 0.0).sum(-1) - normalizer, 0.0)
     entropy = normalizer - (weights * logits).sum(-1) / total
-    kept = logits if rules.keep_logits else None
+    kept = (logits, weights / total[..., None]) if rules.keep else None
     return (logps, entropy), (hidden, head, targets, kept, normalizer, entropy)
 
 
 def _block_backward(
     rules: Rules, kept: tuple, gradients: tuple[Array, Array]
 ) -> tuple[Array, Array, None]:
-    hidden, head, targets, logits, normalizer, entropy = kept
-    logits = _logits(rules, hidden, head) if logits is None else logits
+    hidden, head, targets, found, normalizer, entropy = kept
+    if found is None:
+        logits = _logits(rules, hidden, head)
+        found = logits, jnp.exp(logits - normalizer[..., None])
+    logits, probs = found
     chosen, possible = _chosen(rules, head, targets)
     to_logps, to_entropy = (gradient[..., None] for gradient in gradients)
-    shifted = logits - normalizer[..., None]
-    probs = jnp.exp(shifted)
     change = jnp.where(possible[..., None], to_logps, 0.0) * (chosen - probs)
     if rules.entropy_gradient:
-        change -= to_entropy * probs * (shifted + entropy[..., None])
+        change -= to_entropy * probs * (logits - (normalizer - entropy)[..., None])
     change = (change / rules.temperature).astype(hidden.dtype)
     to_hidden = jnp.einsum("rtv,ev->rte", change, head.astype(hidden.dtype))
     to_head = jnp.einsum("rte,rtv->ev", hidden, change, preferred_element_type=head.dtype)
