@@ -1,5 +1,7 @@
 """The formula of the model's FLOPs, against the matrix products in the program."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from vtriune_jax import config as configs
@@ -7,6 +9,8 @@ from vtriune_jax import sharding
 from vtriune_jax.aot import flops
 from vtriune_jax.aot.program import build
 from vtriune_jax.errors import UserError
+from vtriune_jax.models.kernels import splash, xla
+from vtriune_jax.types import Batch
 
 BASE = str(configs.REPOSITORY / "configs" / "orsta_7b.py")
 
@@ -68,3 +72,26 @@ def test_every_piece_of_a_step_is_in_the_cost():
 def test_a_model_of_unknown_size_is_refused():
     with pytest.raises(UserError, match=r"no folder.*Qwen2\.5-VL"):
         program("model.path=checkpoints/mine")
+
+
+@pytest.mark.parametrize("slots", [None, (8, 1024)], ids=["causal", "slots"])
+def test_of_splash_attention_the_blocks_that_it_visits_are_counted(slots):
+    """Its gradient has the two products of the forward pass and seven, XLA's blocks are smaller."""
+    n, completion = slots or (1, 1024)
+    shapes = {"ids": (2, 1024 + n * completion), "mask": (2, n, completion)}
+    of = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
+    query, key = (
+        jax.ShapeDtypeStruct((*shapes["ids"], heads, 128), jnp.bfloat16) for heads in (4, 2)
+    )
+    batch = Batch(of["ids"], of["ids"], of["ids"], of["ids"], *[of["mask"]] * 3, of["ids"])
+
+    def cost(kernel, transform):
+        def attend(query, key, batch):
+            out = kernel.attention(query, key, key, batch.ids, causal=True, slots=slots)
+            return out.astype(jnp.float32).sum()
+
+        return flops.products(jax.jit(transform(attend)), query, key, batch)
+
+    forward = cost(splash, lambda f: f)
+    assert forward == pytest.approx(cost(xla, lambda f: f), rel=0.15)
+    assert cost(splash, lambda f: jax.grad(f, (0, 1))) == pytest.approx(4.5 * forward, rel=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -57,10 +58,11 @@ def executed_flops(program: Program) -> float:
 def products(function: jax.stages.Wrapped, *arguments: Any) -> float:
     """FLOPs of all matrix products of a jitted function, called with arrays or their shapes.
 
-    What nothing needs, such as the gradient of a frozen matrix, is left out, as XLA does.
+    What nothing needs, such as the gradient of a frozen matrix, is left out, as XLA does. The last
+    argument is a batch: its rows tell which blocks the TPU's attention visits.
     """
     jaxpr = function.trace(*arguments).jaxpr.jaxpr
-    return _products(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+    return _products(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0], _Blocks(arguments[-1]))
 
 
 def largest_arrays(program: Program, count: int) -> list[tuple[float, str, str]]:
@@ -114,24 +116,41 @@ def _tower_flops(program: Program, images: Vision) -> float:
     return 2 * forward + trained + 3 * 4 * patches * seen * vision.embed
 
 
-def _products(jaxpr: Jaxpr) -> float:
-    """FLOPs of the matrix products of a jaxpr; the bodies of scans as often as they run.
+class _Blocks:
+    """How many pairs of blocks splash attention visits, in rows of the language model."""
 
-    A Pallas kernel counts as if it worked on all blocks of its grid, also those that it skips.
-    """
+    def __init__(self, batch: Any):
+        self._batch = batch
+
+    @functools.cached_property
+    def _language(self) -> tuple[int, int]:
+        from vtriune_jax.models.kernels import splash  # half a second, only where it is used
+
+        (_, tokens), (_, n, completion) = self._batch.ids.shape, self._batch.mask.shape
+        slots = None if self._batch.predictors is not None or n == 1 else (n, completion)
+        return splash.visited(tokens, causal=True, slots=slots)
+
+    def visited(self, count: int) -> int:
+        """Of rows of `count` blocks; where they are not the language model's, all pairs."""
+        language, pairs = self._language
+        return pairs if count == language else count**2
+
+
+def _products(jaxpr: Jaxpr, blocks: _Blocks) -> float:
+    """FLOPs of the matrix products of a jaxpr; the bodies of scans as often as they run."""
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracting, _), _ = eqn.params["dimension_numbers"]
             (left, _), (out,) = _shapes(eqn.invars), _shapes(eqn.outvars)
             total += 2.0 * prod(out) * prod(left[axis] for axis in contracting)
-        times = _times(eqn)
-        inner = [_products(sub) for value in eqn.params.values() for sub in _jaxprs(value)]
+        times = _times(eqn, blocks)
+        inner = [_products(sub, blocks) for value in eqn.params.values() for sub in _jaxprs(value)]
         total += times * (max(inner, default=0.0) if eqn.primitive.name == "cond" else sum(inner))
     return total
 
 
-def _times(eqn: Any) -> int:
+def _times(eqn: Any, blocks: _Blocks) -> int:
     """How often the body of an operation runs, on all devices together."""
     match eqn.primitive.name:
         case "scan":
@@ -139,7 +158,12 @@ def _times(eqn: Any) -> int:
         case "shard_map":
             return eqn.params["mesh"].size
         case "pallas_call":
-            return prod(eqn.params["grid_mapping"].grid)
+            grid, name = eqn.params["grid_mapping"].grid, str(eqn.params.get("name"))
+            if name.startswith("splash"):  # a grid of all pairs, most of which are skipped
+                rows, *others, last = grid
+                heads, count = (others[1], last) if "dkv" in name else others
+                return rows * heads * blocks.visited(count)
+            return prod(grid)
     return 1
 
 

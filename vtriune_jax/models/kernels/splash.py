@@ -55,7 +55,7 @@ def attention(
     the normaliser too, has the name that `remat` knows.
     """
     _, tokens, heads, head_dim = query.shape
-    block = BLOCK if tokens >= BLOCK else SMALL_BLOCK
+    block = _block(tokens)
     forward = dict.fromkeys(("block_q", "block_kv", "block_kv_compute"), block)
     backward = ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
     more = -tokens % block
@@ -74,6 +74,19 @@ def attention(
         prepare(query * head_dim**-0.5), prepare(key), prepare(value), splash.SegmentIds(ids, ids)
     )
     return jnp.swapaxes(out[:, :, :tokens], 1, 2)
+
+
+def visited(tokens: int, *, causal: bool, slots: tuple[int, int] | None) -> tuple[int, int]:
+    """Blocks of queries in a row of so many tokens, and pairs of blocks that are multiplied."""
+    block = _block(tokens)
+    count = -(-tokens // block)
+    mask = _mask(count * block, tokens, causal, slots)
+    parts = [slice(k * block, (k + 1) * block) for k in range(count)]
+    return count, sum(bool(mask[query, key].any()) for query in parts for key in parts)
+
+
+def _block(tokens: int) -> int:
+    return BLOCK if tokens >= BLOCK else SMALL_BLOCK
 
 
 def _mask(padded: int, tokens: int, causal: bool, slots: tuple[int, int] | None) -> splash.Mask:
