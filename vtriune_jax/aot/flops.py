@@ -160,9 +160,9 @@ def _times(eqn: Any, blocks: _Blocks) -> int:
         case "pallas_call":
             grid, name = eqn.params["grid_mapping"].grid, str(eqn.params.get("name"))
             if name.startswith("splash"):  # a grid of all pairs, most of which are skipped
-                rows, *others, last = grid
-                heads, count = (others[1], last) if "dkv" in name else others
-                return rows * heads * blocks.visited(count)
+                *rows, first, second, last = grid  # queries and keys, or keys, heads and queries
+                heads, count = (second, last) if "dkv" in name else (first, second)
+                return prod(rows) * heads * blocks.visited(count)
             return prod(grid)
     return 1
 
