@@ -36,7 +36,7 @@ from vtriune_jax import models, sharding
 from vtriune_jax.data import images
 from vtriune_jax.data.packing import pack, stack_vision
 from vtriune_jax.data.prompts import Prompter
-from vtriune_jax.data.rows import Slots
+from vtriune_jax.data.rows import Slots, choose, needs
 from vtriune_jax.data.tokenizer import load_processor
 from vtriune_jax.main import cache_folder
 from vtriune_jax.models import layout
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--micro_batches", type=int, default=4)
     parser.add_argument("--remat", default="dots", choices=("none", "dots", "full"))
     args = parser.parse_args()
-    bench, dtype = choose(args.case)
+    bench, dtype = bench_of(args.case)
     if args.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
@@ -74,7 +74,7 @@ def main() -> None:
     print("BENCH_JSON " + json.dumps({"case": args.case, "metrics": metrics}), flush=True)
 
 
-def choose(case: str) -> tuple[Callable[..., dict[str, float]], str]:
+def bench_of(case: str) -> tuple[Callable[..., dict[str, float]], str]:
     """What measures a case of the driver, and in which type of activations."""
     group, _, rest = case.partition("/")
     name, _, variant = rest.partition("/")
@@ -190,7 +190,7 @@ def whole_step(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
     )
     sampling = Sampling(max_tokens=64, n=8)
     freeze = ("^visual/",) if text_only else ()
-    state, update = training(graphdef, params, freeze, 1e-6, args.micro_batches)
+    state, update = training(graphdef, params, freeze, 1e-6, micro_batches=2)  # a group each
     del params
     pairs: Iterator[int] = cycle(range(0, len(prompts), 2))
 
@@ -214,7 +214,7 @@ def whole_step(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
             ]
         )
         values, weights, _ = group_advantages(scores, np.ones_like(scores, bool))
-        state, sums = update(state, pack(groups, values, weights, {"bench": 0}, slots))
+        state, sums = update(state, lay_out(groups, values, weights, slots, config, 2))
         jax.device_get(sums)
 
     timing = measure(step, args.warmup, args.steps)
@@ -343,6 +343,21 @@ def sample_of(drawn: dict[str, Any], task: Any, text_only: bool, number: int) ->
         images=pictures,
         reward=RewardConfig("mathverify", str(drawn["label"])),
     )
+
+
+def lay_out(
+    groups: Sequence[Group],
+    gains: np.ndarray,
+    weights: np.ndarray,
+    slots: Slots,
+    config: models.ModelConfig,
+    unit: int,
+) -> Batch:
+    """The rows that a run would choose, their number a multiple of `unit`."""
+    samples = len(groups[0].completions)
+    asked = needs(groups, slots, 1, unit)
+    rows = choose("auto", asked, slots, len(groups), samples, unit, config, vision_trained=True)
+    return pack(groups, gains, weights, {"bench": 0}, slots, rows=rows, unit=unit)
 
 
 def slots_of(groups: Sequence[Group], prompt: int, completion: int) -> Slots:

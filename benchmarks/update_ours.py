@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,6 +22,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 
 import numpy as np
+from ours import lay_out
 from update_work import (
     CASES,
     CLIP,
@@ -41,9 +41,9 @@ from update_work import (
 
 from vtriune_jax import models, sharding
 from vtriune_jax.data import digits
-from vtriune_jax.data.packing import pack, stack_vision
+from vtriune_jax.data.packing import stack_vision
 from vtriune_jax.data.prompts import Prompter
-from vtriune_jax.data.rows import Slots, choose, needs
+from vtriune_jax.data.rows import Slots
 from vtriune_jax.data.tokenizer import load_processor, write_processor
 from vtriune_jax.main import cache_folder
 from vtriune_jax.models import layout
@@ -88,7 +88,7 @@ def prepare(folder: Path, preset: str) -> None:
         batch = batch_of(data, model.config, micro_batches=1)
         logps = make_logps(graphdef, loss_config(), sharding.make_mesh())(params, batch)
         noise = 0.1 * np.random.default_rng(1).standard_normal(data["old_logps"].shape)
-        data["old_logps"] = np.float32(np.asarray(logps).reshape(noise.shape) + noise)
+        data["old_logps"] = (np.asarray(logps).reshape(noise.shape) + noise).astype(np.float32)
         np.savez(folder / f"{case}.npz", **data)
 
 
@@ -244,21 +244,6 @@ def batch_of(data: dict[str, np.ndarray], config: ModelConfig, micro_batches: in
     slots = Slots(PROMPT, COMPLETION, windows, pad_id=0)
     gains = data["advantages"]
     return lay_out(groups, gains, np.ones_like(gains), slots, config, micro_batches)
-
-
-def lay_out(
-    groups: Sequence[Group],
-    gains: np.ndarray,
-    weights: np.ndarray,
-    slots: Slots,
-    config: ModelConfig,
-    unit: int,
-) -> Batch:
-    samples = len(groups[0].completions)
-    rows = choose(
-        "auto", needs(groups, slots, 1, unit), slots, len(groups), samples, unit, config, True
-    )
-    return pack(groups, gains, weights, {"bench": 0}, slots, rows=rows, unit=unit)
 
 
 def prompt_of(ids: np.ndarray, patches: np.ndarray, grid: np.ndarray, config: ModelConfig) -> Any:
