@@ -10,7 +10,8 @@ ours    the vision tower once per prompt, then updates on the rows that the conf
 verl    V-Triune's trainer: each completion in a sequence of its own with prompt and image. One
         forward pass for the old log-probs, one for the reference's (its script has a KL penalty;
         the paper has none), forward and backward; the frozen tower runs in all of them. The head on
-        the tokens of prompts, which verl computes too, is not counted.
+        the tokens of prompts, which verl computes too, is not counted. Gradient checkpointing is
+        on, as in its script.
 
 Passes before the update are counted on our side too, where the config asks for them. Sampling is
 not counted on either.
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> None:
         path = word.removeprefix("--config=")
     whole = [*keys, ("batch.micro_batches", "1")]
     ours = of_ours(configs.load(path, whole))
-    verl = of_verl(configs.load(path, [*whole, ("batch.layout", "single")]))
+    plain = (("batch.layout", "single"), ("model.remat", "full"))
+    verl = of_verl(configs.load(path, [*whole, *plain]))
     for who, costs in (("ours", ours), ("verl", verl)):
         for name, cost in costs.items():
             print(f"{who}  {name:14} {cost:.3e}")

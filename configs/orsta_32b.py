@@ -2,7 +2,7 @@
 
 command   python -m vtriune_jax.main --config=configs/orsta_32b.py --workdir=runs/orsta_32b
 checked   python -m vtriune_jax.compile --config=configs/orsta_32b.py --topology=v5p:4x4x4
-hardware  64 TPU v5p (4x4x4): in single rows the update was compiled for them, and fits; not run
+hardware  64 TPU v5p (4x4x4): the update was compiled for them, and fits (README.md); not run
 expect    not yet measured; the paper's Orsta-32B: MEGA-Bench Core 25.94 (0321), 45.78 (0326)
 """
 

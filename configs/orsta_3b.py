@@ -2,7 +2,7 @@
 
 command   python -m vtriune_jax.main --config=configs/orsta_3b.py --workdir=runs/orsta_3b
 checked   python -m vtriune_jax.compile --config=configs/orsta_3b.py --topology=v6e:2x4
-hardware  8 TPU v6e (2x4): in single rows the update was compiled for them, and fits; not run
+hardware  8 TPU v6e (2x4): the update was compiled for them, and fits (README.md); not run
 expect    not yet measured; the paper has no model of this size
 """
 

@@ -2,7 +2,7 @@
 
 command   python -m vtriune_jax.main --config=configs/orsta_72b.py --workdir=runs/orsta_72b
 checked   python -m vtriune_jax.compile --config=configs/orsta_72b.py --topology=v5p:4x4x8
-hardware  meant for 128 TPU v5p (4x4x8); not compiled for them yet, run the line above first
+hardware  128 TPU v5p (4x4x8): the update was compiled for them, and fits (README.md); not run
 expect    not yet measured; the paper has no model of this size
 """
 
