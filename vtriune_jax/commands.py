@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from absl import flags
 
 from vtriune_jax.errors import UserError
+
+TPU_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
+"""For the TPU's compiler: gather a matrix, then multiply. By itself it multiplies with a part at a
+time and adds up in memory, for large ones: three times the memory traffic of orsta_3b's update."""
+
+
+def tell_tpu_compiler() -> None:
+    """Gives it TPU_FLAGS, unless LIBTPU_INIT_ARGS is set; before JAX looks for devices.
+
+    What is compiled for devices that are not here and what runs must have the same. Nothing but
+    libtpu reads it.
+    """
+    os.environ.setdefault("LIBTPU_INIT_ARGS", TPU_FLAGS)
 
 
 def fill(options: flags.FlagValues, words: Sequence[str], needed: Sequence[str]) -> None:

@@ -10,9 +10,10 @@
 --json=FILE          write the numbers there (the keys are those of aot.estimate.Estimate)
 --help               show this text
 
-TPUs need the TPU compiler, not a TPU: pip install 'jax[tpu]'. What is compiled is the very `update`
-of the last stage of the config, with the batch that the config describes; checkpoint and data need
-not be there. A step here is one call of it; grpo.minibatches of them make a step of training.
+TPUs need the TPU compiler, not a TPU: pip install 'jax[tpu]'. It gets the flags that training gives
+it, commands.TPU_FLAGS or the variable LIBTPU_INIT_ARGS. What is compiled is the very `update` of the
+last stage of the config, with the batch that the config describes; checkpoint and data need not be
+there. A step here is one call of it; grpo.minibatches of them make a step of training.
 
 The time is a lower bound: the slowest of matrix products, memory, links and links between slices,
 each at its data-sheet peak, as if the others hid behind it. Every result counts as written once and
@@ -33,7 +34,7 @@ from typing import Any
 from absl import flags
 
 from vtriune_jax import config as configs
-from vtriune_jax.commands import fill
+from vtriune_jax.commands import fill, tell_tpu_compiler
 from vtriune_jax.errors import UserError
 from vtriune_jax.main import split_overrides
 
@@ -73,6 +74,7 @@ def run(name: str, config: Any, topology: str, num_slices: int = 1) -> Any:
     """The `aot.estimate.Estimate` of a checked config; before JAX has looked for devices."""
     from vtriune_jax.aot import topology as topologies
 
+    tell_tpu_compiler()
     topologies.prepare(topology)
     from vtriune_jax import sharding
     from vtriune_jax.aot.estimate import estimate
