@@ -11,9 +11,9 @@
 --help               show this text
 
 TPUs need the TPU compiler, not a TPU: pip install 'jax[tpu]'. It gets the flags that training gives
-it, commands.TPU_FLAGS or the variable LIBTPU_INIT_ARGS. What is compiled is the very `update` of the
-last stage of the config, with the batch that the config describes; checkpoint and data need not be
-there. A step here is one call of it; grpo.minibatches of them make a step of training.
+it, commands.TPU_FLAGS or the variable LIBTPU_INIT_ARGS. What is compiled is the very `update` of
+the last stage of the config, with the batch that the config describes; checkpoint and data need not
+be there. A step here is one call of it; grpo.minibatches of them make a step of training.
 
 The time is a lower bound: the slowest of matrix products, memory, links and links between slices,
 each at its data-sheet peak, as if the others hid behind it. Every result counts as written once and
