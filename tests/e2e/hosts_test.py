@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.runs import arguments, params, records, summary, timeless
-from tests.e2e.several import ended, run_all, started
+from tests.e2e.several import LIMIT, ended, run_all, started
 from vtriune_jax.data import digits
 from vtriune_jax.data.schema import to_row
 from vtriune_jax.data.sources import write_parquet
@@ -105,13 +105,13 @@ def test_four_processes_are_like_one(one, keys, tmp_path):
 def test_a_kill_ends_all_and_the_same_commands_continue(victim, two, keys, tmp_path):
     workdir = tmp_path / "run"
     with started(2, arguments(workdir, **keys)) as processes:
-        end = time.monotonic() + 240
+        end = time.monotonic() + LIMIT
         while not (workdir / "checkpoints" / "grpo" / "1").exists():
             assert time.monotonic() < end
             assert [process.poll() for process in processes] == [None, None]
             time.sleep(0.01)
         processes[victim].kill()
-        results = ended(processes, limit=120)
+        results = ended(processes, limit=LIMIT / 3)
     assert results[victim][0] == -signal.SIGKILL
     status, _, err = results[1 - victim]
     if victim == 1:

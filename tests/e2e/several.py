@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tests.e2e.runs import arguments, environment
 
-LIMIT = 300.0
-"""Seconds after which such a run is not slow but stuck."""
+LIMIT = 900.0
+"""Seconds after which such a run is not slow but stuck, on a machine busy with other things too."""
 
 
 def free_port() -> int:
