@@ -15,7 +15,6 @@ from pathlib import Path
 PROGRAMS = (
     ("orsta_3b", "v6e:2x4", ""),
     ("orsta_7b", "v5p:2x2x4", ""),
-    ("orsta_7b", "v6e:4x4", "grpo.minibatches=8 batch.micro_batches=8"),
     ("orsta_32b", "v5p:4x4x4", ""),
     ("orsta_72b", "v5p:4x4x8", ""),
 )

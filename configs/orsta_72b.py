@@ -15,5 +15,6 @@ def get_config() -> Any:
     """As `orsta_7b`, with another checkpoint and other pieces."""
     config = orsta_7b.get_config()
     config.model.path = "checkpoints/Qwen2.5-VL-72B-Instruct"
+    config.model.remat = "full"
     config.batch.micro_batches = 8  # on 128 devices: a group each at once
     return config
