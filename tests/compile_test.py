@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from vtriune_jax import config as configs
+from vtriune_jax.commands import TPU_FLAGS, tell_tpu_compiler
 from vtriune_jax.compile import main
 
 QUICKSTART = str(configs.REPOSITORY / "configs" / "quickstart.py")
@@ -114,6 +115,15 @@ def test_mistakes_are_told_in_one_line(words, message, capsys, monkeypatch):
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_the_tpu_compiler_gets_our_flags_unless_there_are_others(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    tell_tpu_compiler()
+    assert os.environ == {"LIBTPU_INIT_ARGS": TPU_FLAGS}
+    os.environ["LIBTPU_INIT_ARGS"] = "--mine"
+    tell_tpu_compiler()
+    assert os.environ == {"LIBTPU_INIT_ARGS": "--mine"}
 
 
 needs_tpu_compiler = pytest.mark.skipif(
