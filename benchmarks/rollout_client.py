@@ -22,6 +22,7 @@ import io
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone, not an installed package
@@ -78,7 +79,7 @@ def measure(args: argparse.Namespace, in_flight: int, folder: Path, tokenizer) -
             stop_ids=[STOP],
             banned_ids=BANNED,
             image_id=PAD,
-            decode_text=tokenizer.decode,
+            decode_text=partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True),
             pictures=lambda prompt: prompt.sample.images,
         )
         fleet.wait_ready(60)

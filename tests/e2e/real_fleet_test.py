@@ -24,19 +24,24 @@ from vtriune_jax.main import main
 from vtriune_jax.rollout.fleet import Fleet
 from vtriune_jax.rollout.sglang import key
 from vtriune_jax.rollout.sync import WeightSync
+from vtriune_jax.rollout.trouble import ADMIN_KEY, KEY
 
 pytestmark = pytest.mark.sglang
 
 STEPS, SAMPLES, DEADLINE = 4, 4, 150.0
 UPDATE = "/update_weights_from_disk"
+SYNC = {"deadline": 15.0, "recovery": 10.0}
 
 
 @pytest.fixture(scope="module")
 def real(warm, tmp_path_factory):
-    """Two servers that are started again when they die."""
+    """Two servers that are started again when they die, and want keys."""
     folder = tmp_path_factory.mktemp("fleet")
-    with real_sglang.serve(warm / "final", folder, 2, "--restart") as fleet:
-        yield fleet
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY, "one word")
+        patch.setenv(ADMIN_KEY, "another word")
+        with real_sglang.serve(warm / "final", folder, 2, "--restart") as fleet:
+            yield fleet
 
 
 class Run:
@@ -62,7 +67,7 @@ class Run:
 
         monkeypatch.setattr(train, "packed", watched)
         monkeypatch.setattr(served, "Fleet", impatient)
-        monkeypatch.setattr(served, "WeightSync", functools.partial(WeightSync, deadline=15.0))
+        monkeypatch.setattr(served, "WeightSync", functools.partial(WeightSync, **SYNC))
 
     def go(self, workdir, **keys):
         """The records of a run that comes to its end."""
@@ -174,6 +179,12 @@ def check(run, lines, expected):
                 assert drawn.finish in ("stop", "length")
                 assert len(drawn.ids) == len(drawn.logps) == drawn.versions[-1][2] > 0
     assert lines[-1]["rollout/pending_prompts"] == 0
+
+
+def test_without_a_key(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(ADMIN_KEY)
+    assert main(arguments(tmp_path / "run", **run._keys)) == 2
+    assert "wants a key" in capsys.readouterr().err
 
 
 def test_undisturbed(run, expected, tmp_path):

@@ -90,7 +90,8 @@ def garbler(upstream: str, faults: list[str]) -> Iterator[str]:
             self._pass(body, faults.pop(0) if faulty else "")
 
         def _pass(self, body: bytes | None, fault: str) -> None:
-            headers = {"Content-Type": "application/json"}
+            names = ("Content-Type", "Authorization")
+            headers = {name: self.headers[name] for name in names if name in self.headers}
             request = urllib.request.Request(upstream + self.path, body, headers)
             try:
                 with urllib.request.urlopen(request, timeout=LIMIT) as answer:
