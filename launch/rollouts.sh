@@ -114,7 +114,8 @@ command_of() {
   if $cpu; then
     command+=(SGLANG_USE_CPU_ENGINE=1 HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= TORCHDYNAMO_DISABLE=1
       "$sglang" launch/sglang_cpu/serve.py --device cpu --attention-backend torch_native
-      --mm-attention-backend sdpa --dtype float32 --max-total-tokens 16384 --disable-overlap-schedule)
+      --mm-attention-backend sdpa --dtype float32 --max-total-tokens 16384 --disable-overlap-schedule
+      --sleep-on-idle) # else each server takes a core all the time
   else
     command+=("CUDA_VISIBLE_DEVICES=$(seq -s, $((i * gpus)) $((i * gpus + gpus - 1)))"
       "${SGLANG_PYTHON:-python3}" -m sglang.launch_server --tp-size "$gpus" --dtype bfloat16
