@@ -198,7 +198,7 @@ def test_undisturbed(run, expected, tmp_path):
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_killed_while_it_draws_and_started_again(run, expected, tmp_path, ahead):
-    run.before[2] = lambda: run.wait_for_return(0)
+    run.before[1] = lambda: run.wait_for_return(0)  # in time to draw the last step's completions
     with run.when_it_draws(0, lambda: run.signal(0, signal.SIGKILL)):
         lines = run.go(tmp_path / "run", rollout_ahead=ahead)
     check(run, lines, expected)
