@@ -3,9 +3,9 @@
 Runs the training loop in miniature, with the real client, `Ahead`, `TailStream` and timeline, on a
 fleet: that of --addresses, or two fake servers that are started here, whose tokens take 20 ms.
 Update, writing and reading of weights are sleeps, in the last of which the servers are paused as in
-a weight update; the verifiers are threads that sleep. The speed of one server is measured first, at
-several numbers of completions in flight; the simulation is given that and the lengths, and its
-steps are compared. With over-sampling (--over), interrupted completions are kept ("carry") or drawn
+a weight update; the verifiers are threads that sleep. The speed of a server is measured before and
+after each case, at several numbers of completions in flight; the simulation is given the mean and
+the lengths, and its steps are compared. With over-sampling (--over), interrupted completions are kept ("carry") or drawn
 anew.
 
 --banned: ids that end a completion, so that these have the lengths that they should.
@@ -18,7 +18,6 @@ import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -98,6 +97,13 @@ def measured(engine, fleet, servers, short=10, long=50):
         own = max(seconds[0] - short * token, 1e-6) / prompts
         found.append((prompts * n, prompts * n / token))
     return tuple(found), own
+
+
+def mean_of(one, other):
+    """Of two results of `measured`."""
+    (decode, own), (later, own_later) = one, other
+    rates = tuple((n, (a + b) / 2) for (n, a), (_, b) in zip(decode, later, strict=True))
+    return rates, (own + own_later) / 2
 
 
 def loop(engine, fleet, lengths, update, case, folder):
@@ -192,27 +198,27 @@ def main():
         for server in servers:
             server.capacity = CAPACITY
         sample(engine, fleet, len(servers), 20, SAMPLES)
-        decode, own = measured(engine, fleet, len(servers))
-        rates = ", ".join(f"{n}: {rate:.0f}" for n, rate in decode)
-        print(f"a server: tokens/s by completions in flight {rates}; a prompt {own * 1e3:.0f} ms")
-        speeds = Speeds(
-            decode=decode,
-            prefill=PROMPT_TOKENS / own,
-            capacity=CAPACITY,
-            verify=VERIFY,
-            verify_workers=WORKERS,
-            publish=PUBLISH,
-            load=LOAD,
-        )
         cases = [(ahead, 0.0, False) for ahead in map(int, options.ahead.split(","))]
         cases += [(ahead, float(options.over), carry) for ahead, carry in ((0, False), (1, True))]
         print("update ahead over carry   measured  simulated  ratio   (step, s; then its parts)")
         worst = 0.0
         for update, case in itertools.product(map(float, options.updates.split(",")), cases):
             ahead, over, carry = case
+            before = measured(engine, fleet, len(servers))
             real = steady(loop(engine, fleet, lengths, update, case, Path(folder)), ahead)
+            decode, own = mean_of(before, measured(engine, fleet, len(servers)))
+            speeds = Speeds(
+                decode=decode,
+                prefill=PROMPT_TOKENS / own,
+                capacity=CAPACITY,
+                verify=VERIFY,
+                verify_workers=WORKERS,
+                publish=PUBLISH,
+                load=LOAD,
+                update=update,
+            )
             scenario = Scenario(
-                replace(speeds, update=update),
+                speeds,
                 replayed(lengths),
                 servers=len(servers),
                 prompts=PROMPTS,
@@ -231,7 +237,8 @@ def main():
             )
             print(
                 f"{update:6.1f} {ahead:5} {over:4.2f} {carry:5} {real['time/step']:10.2f} "
-                f"{made['time/step']:10.2f} {ratio:6.2f}   {parts}",
+                f"{made['time/step']:10.2f} {ratio:6.2f}   {parts}   "
+                f"tokens/s {', '.join(f'{n}: {rate:.0f}' for n, rate in decode)}",
                 flush=True,
             )
         print(f"largest difference of a step's time: {worst:.0%}")
