@@ -5,8 +5,8 @@ fleet: that of --addresses, or two fake servers that are started here, whose tok
 Update, writing and reading of weights are sleeps, in the last of which the servers are paused as in
 a weight update; the verifiers are threads that sleep. The speed of a server is measured before and
 after each case, at several numbers of completions in flight; the simulation is given the mean and
-the lengths, and its steps are compared. With over-sampling (--over), interrupted completions are kept ("carry") or drawn
-anew.
+the lengths, and its steps are compared. With over-sampling (--over), interrupted completions are
+kept ("carry") or drawn anew.
 
 --banned: ids that end a completion, so that these have the lengths that they should.
 """
