@@ -8,7 +8,8 @@ after each case, at several numbers of completions in flight; the simulation is 
 the lengths, and its steps are compared. With over-sampling (--over), interrupted completions are
 kept ("carry") or drawn anew.
 
---banned: ids that end a completion, so that these have the lengths that they should.
+--banned: ids that end a completion, so that these have the lengths that they should, and those of
+images.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone, not an installed package
 
 from tests.rollout.fake_sglang import FakeServer
-from tests.rollout.made_up import STOP, make_prompt
+from tests.rollout.made_up import BANNED, STOP, make_prompt, write_folder
 from vtriune_jax.ahead import Ahead
 from vtriune_jax.data.stream import Chunk, PromptStream
 from vtriune_jax.rollout.choice import Sampling
@@ -165,7 +166,9 @@ def fleet_of(addresses):
     """That of a file, or of two fake servers."""
     with contextlib.ExitStack() as stack:
         if not addresses:
-            servers = [FakeServer(process=True, token_seconds=0.02) for _ in range(2)]
+            folder = write_folder(Path(stack.enter_context(TemporaryDirectory())) / "weights", 1, 1)
+            flags = {"process": True, "token_seconds": 0.02, "model_path": folder}
+            servers = [FakeServer(**flags) for _ in range(2)]
             addresses = [stack.enter_context(server).address for server in servers]
         fleet = stack.enter_context(Fleet(addresses))
         fleet.wait_ready(60)
@@ -178,7 +181,7 @@ def main():
     flags.add_argument("--ahead", default="0,1,2")
     flags.add_argument("--over", default="0.25", help="over-sampling, of the cases that have it")
     flags.add_argument("--addresses", default="")
-    flags.add_argument("--banned", default=str(STOP))
+    flags.add_argument("--banned", default=",".join(map(str, (STOP, *BANNED))))
     flags.add_argument("--mean", type=float, default=60.0, help="tokens of a completion")
     flags.add_argument("--updates", default="0.5,3.0", help="seconds")
     options = flags.parse_args()
