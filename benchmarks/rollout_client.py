@@ -8,10 +8,7 @@ threads: building requests, the network, parsing, checking, and the text for the
 prompt has a picture of `--side` pixels squared, a PNG as the model sees it, and `--n` completions
 (at 1 in flight: one). Completions a second are mostly the fake server's doing.
 
-Measured on two cores of an EPYC that other programs kept busy (load 8 to 15, which makes processor
-times longer too), some 300 tokens a completion: 0.9 to 1.2 ms at 64 in flight, 1.0 to 1.7 at 1,024.
-At one in flight nothing is shared, and a picture of 260 kB goes with each completion: 3.4 ms, of
-which 2 remain without the picture.
+What was measured is in docs/benchmarks.md.
 """
 
 from __future__ import annotations
