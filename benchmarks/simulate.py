@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -121,7 +122,7 @@ def loop(engine, fleet, lengths, update, case, folder):
                 groups = ask(first[0], len(first[0])).result().groups
         with clock("verify"):
             list(verifiers.map(time.sleep, [VERIFY] * (len(groups) * SAMPLES)))
-        return groups
+        return SimpleNamespace(groups=groups)
 
     def tell(path, body):
         for server in fleet.servers():
