@@ -1,8 +1,8 @@
 """What GRPO was good for, over finished runs: python benchmarks/learning.py runs/seed0 runs/seed1 …
 
-Prints the README's table (held-out reward per source, before → after) and, for the sources of
-boxes, the share of well-formed answers and the accuracy of those, first 5 against last 20 GRPO
-steps.
+Prints the README's table (held-out reward per source, before → after), the training reward per
+source over the last 20 GRPO steps, and, for the sources of boxes, the share of well-formed answers
+and the accuracy of those, first 5 against last 20 GRPO steps.
 """
 
 import json
@@ -23,14 +23,27 @@ def rewards(runs: list[Path]) -> None:
         print(run.name, *(f"{b:.3f} → {a:.3f}" for b, a in pairs), sep=" | ")
 
 
+def grpo_steps(run: Path) -> list[dict]:
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["stage"] == "grpo"]
+
+
+def training(runs: list[Path]) -> None:
+    """Rewards as GRPO saw them at its end."""
+    for run in runs:
+        last = grpo_steps(run)[ENDS[1]]
+        names = sorted({name for r in last for name in r if name.startswith("reward/")})
+        found = [mean(r[name] for r in last if name in r) for name in ["reward", *names]]
+        print(run.name, *(f"{value:.3f}" for value in found[1:] + found[:1]), sep=" | ")
+
+
 def form_and_content(runs: list[Path], source: str) -> None:
     wanted = [f"reward_format/{source}", f"reward_accuracy/{source}"]
     parts = []
     for end in ENDS:
         of_runs = []
         for run in runs:
-            records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-            steps = [record for record in records if record["stage"] == "grpo"][end]
+            steps = grpo_steps(run)[end]
             of_runs.append([mean(r[name] for r in steps if name in r) for name in wanted])
         form, accuracy = (mean(values) for values in zip(*of_runs, strict=True))
         parts.append((form, accuracy / form))
@@ -44,5 +57,6 @@ def form_and_content(runs: list[Path], source: str) -> None:
 if __name__ == "__main__":
     folders = [Path(name) for name in sys.argv[1:]]
     rewards(folders)
+    training(folders)
     for boxes in ("digits_detection", "digits_grounding"):
         form_and_content(folders, boxes)

@@ -8,10 +8,7 @@ threads: building requests, the network, parsing, checking, and the text for the
 prompt has a picture of `--side` pixels squared, a PNG as the model sees it, and `--n` completions
 (at 1 in flight: one). Completions a second are mostly the fake server's doing.
 
-Measured on two cores of an EPYC that other programs kept busy (load 8 to 15, which makes processor
-times longer too), some 300 tokens a completion: 0.9 to 1.2 ms at 64 in flight, 1.0 to 1.7 at 1,024.
-At one in flight nothing is shared, and a picture of 260 kB goes with each completion: 3.4 ms, of
-which 2 remain without the picture.
+What was measured is in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ import io
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone, not an installed package
@@ -78,7 +76,7 @@ def measure(args: argparse.Namespace, in_flight: int, folder: Path, tokenizer) -
             stop_ids=[STOP],
             banned_ids=BANNED,
             image_id=PAD,
-            decode_text=tokenizer.decode,
+            decode_text=partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True),
             pictures=lambda prompt: prompt.sample.images,
         )
         fleet.wait_ready(60)

@@ -1,6 +1,6 @@
 """How fast a version of the model is published, beside a plain copy of the same bytes.
 
-    python benchmarks/sync.py [--gib=1] [--folder=/dev/shm/sync] [--rounds=5]
+    python benchmarks/sync.py [--gib=0.5] [--folder=/dev/shm/sync] [--rounds=5]
 
 Publishes a random bfloat16 model of about that size again and again, without a frozen part, and
 after each version copies its weights (`shutil.copyfile`) within the same folder. "publish" is the
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))  # a clone, not an installed package
 
 def main() -> None:
     options = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    options.add_argument("--gib", type=float, default=1.0)
+    options.add_argument("--gib", type=float, default=0.5)
     options.add_argument("--folder", type=Path, default=Path("/dev/shm/sync"))
     options.add_argument("--rounds", type=int, default=5)
     args = options.parse_args()
@@ -39,6 +39,7 @@ def main() -> None:
 def measure(folder: Path, gib: float, rounds: int) -> None:
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from vtriune_jax import models
     from vtriune_jax.models import ModelConfig, TextConfig, VisionConfig, pretrained, weights
@@ -56,8 +57,8 @@ def measure(folder: Path, gib: float, rounds: int) -> None:
         tied=True,
     )
     shapes = {p: leaf.shape for p, leaf in weights.flatten(models.abstract(config)[1]).items()}
-    key = jax.random.key(0)
-    flat = {path: jax.random.normal(key, shape, jnp.bfloat16) for path, shape in shapes.items()}
+    some = np.random.default_rng(0).standard_normal(2**20, np.float32).astype(jnp.bfloat16)
+    flat = {path: jnp.asarray(np.resize(some, shape)) for path, shape in shapes.items()}
     params = jax.block_until_ready(weights.unflatten(flat))
     pretrained.save_params(config, flat.__getitem__, folder / "start", param_dtype="bfloat16")
     publisher = Publisher(folder / "out", config, reference=folder / "start", keep=1)

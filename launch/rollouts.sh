@@ -112,9 +112,11 @@ command_of() {
   # Without it a picture that comes again keeps the features of old weights.
   command=(env SGLANG_VLM_CACHE_SIZE_MB=0)
   if $cpu; then
-    command+=(SGLANG_USE_CPU_ENGINE=1 HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= TORCHDYNAMO_DISABLE=1
-      "$sglang" launch/sglang_cpu/serve.py --device cpu --attention-backend torch_native
-      --mm-attention-backend sdpa --dtype float32 --max-total-tokens 16384 --disable-overlap-schedule)
+    # More threads would wait for each other at full speed, as would servers without work.
+    command+=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}" SGLANG_USE_CPU_ENGINE=1 HF_HUB_OFFLINE=1
+      CUDA_VISIBLE_DEVICES= TORCHDYNAMO_DISABLE=1 "$sglang" launch/sglang_cpu/serve.py --device cpu
+      --attention-backend torch_native --mm-attention-backend sdpa --dtype float32
+      --max-total-tokens 16384 --disable-overlap-schedule --sleep-on-idle)
   else
     command+=("CUDA_VISIBLE_DEVICES=$(seq -s, $((i * gpus)) $((i * gpus + gpus - 1)))"
       "${SGLANG_PYTHON:-python3}" -m sglang.launch_server --tp-size "$gpus" --dtype bfloat16

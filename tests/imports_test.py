@@ -38,7 +38,7 @@ LIBRARIES = {
     "types": {"jax", "numpy", "jaxtyping"},
     "errors": set(),
     "rewards": {"jax", "numpy", "jaxtyping", "optax"},  # optax: its Hungarian algorithm
-    "models": {"jax", "numpy", "jaxtyping", "flax", "safetensors"},
+    "models": {"jax", "numpy", "jaxtyping", "flax", "safetensors", "xxhash"},
     "models.layout": {"numpy", "jaxtyping"},
 }
 """Part → the only libraries, besides the standard one, that it may use."""

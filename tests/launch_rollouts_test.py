@@ -225,6 +225,14 @@ def test_presets_share_eight_gpus_out(preset, devices, memory):
         assert "--api-key" not in words
 
 
+@pytest.mark.parametrize(("variables", "threads"), [({}, 1), ({"OMP_NUM_THREADS": "4"}, 4)])
+def test_servers_on_cpus_leave_cores_to_others(monkeypatch, variables, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    words = shlex.split(launch(SCRIPT, "--cpu", "--model=/m", "--dry-run", **variables).stdout)
+    assert f"OMP_NUM_THREADS={threads}" in words
+    assert "--sleep-on-idle" in words
+
+
 def test_keys_are_asked_of_clients_and_not_printed():
     keys = {"VTRIUNE_ROLLOUT_KEY": "secret one", "VTRIUNE_ROLLOUT_ADMIN_KEY": "secret two"}
     flags = ("--preset=7b", "--servers=1", "--model=/m", "--host=10.0.0.2", "--dry-run")

@@ -180,8 +180,9 @@ class Prompter:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens, as verifiers read it."""
-        return self._tokenizer.decode(
-            [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        # What the tokenizer's own `decode` does, without its 0.2 ms of looking at every id's type.
+        return self._tokenizer.backend_tokenizer.decode(
+            [int(i) for i in ids], skip_special_tokens=True
         )
 
     def _ids(self, text: str, units: np.ndarray, where: str) -> np.ndarray:

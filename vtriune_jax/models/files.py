@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 from safetensors import SafetensorError, safe_open
 
 from vtriune_jax.errors import UserError
@@ -89,7 +89,8 @@ class Written(NamedTuple):
     """What a file that was written is like, to find out later whether it still is."""
 
     size: int
-    crc32: int
+    xxh3: str
+    """XXH3 of 64 bits: at several times the speed of memory files, unlike CRC-32."""
 
 
 class Writer:
@@ -109,7 +110,7 @@ class Writer:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that the numbers start at a multiple of 8
         self._dtype, self._missing = dtype, len(shapes)
-        self._size = self._crc32 = 0
+        self._size, self._hash = 0, xxhash.xxh3_64()
         self._stream = file.open("wb")
         self._write(len(text).to_bytes(8, "little") + text)
 
@@ -130,10 +131,10 @@ class Writer:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
-        return Written(self._size, self._crc32)
+        return Written(self._size, self._hash.hexdigest())
 
     def _write(self, piece: bytes | memoryview) -> None:
-        self._crc32 = zlib.crc32(piece, self._crc32)
+        self._hash.update(piece)
         self._stream.write(piece)
         self._size += len(piece)
 

@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vtriune_jax import hosts
@@ -38,7 +38,7 @@ from vtriune_jax.models.lora import is_adapter, merging
 from vtriune_jax.models.pretrained import MAX_SHARD_BYTES, check_param_dtype, config_text
 
 MANIFEST = "manifest.json"
-"""File → (size, CRC-32), of all files of a version but itself."""
+"""File → (size, XXH3), of all files of a version but itself."""
 _VERSION, _VERSION_GLOB = "version-{:08d}", "version-*"
 _NOTE = "written-{}.json"
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
@@ -282,14 +282,15 @@ def verify(folder: Path) -> None:
 
 def measured(file: Path) -> Written:
     """Size and checksum of a file, now."""
-    size = crc32 = 0
+    size, checksum = 0, xxhash.xxh3_64()
     with file.open("rb") as stream:
         while piece := stream.read(PIECE):
-            size, crc32 = size + len(piece), zlib.crc32(piece, crc32)
-    return Written(size, crc32)
+            size += len(piece)
+            checksum.update(piece)
+    return Written(size, checksum.hexdigest())
 
 
-def _manifest(folder: Path) -> dict[str, list[int]]:
+def _manifest(folder: Path) -> dict[str, list[Any]]:
     return json.loads((folder / MANIFEST).read_text())["files"]
 
 

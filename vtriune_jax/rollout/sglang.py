@@ -134,20 +134,23 @@ class SGLangEngine:
         complete: list[Errand] = []
         tasks = {asyncio.create_task(self._run(errand)): errand for errand in errands}
         self._tally.pending += len(tasks)
-        running, stopping = set(tasks), False
+        ended: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue()
+        for task in tasks:
+            task.add_done_callback(ended.put_nowait)
+        stopping = False
         try:
             async with asyncio.timeout(self._deadline):
-                while running:
-                    done, running = await asyncio.wait(running, return_when="FIRST_COMPLETED")
-                    for task in done:
-                        if not (task.cancelled() and stopping):
-                            task.result()
-                        if not tasks[task].open:
-                            complete.append(tasks[task])
+                for _ in range(len(tasks)):
+                    task = await ended.get()
+                    if not (task.cancelled() and stopping):
+                        task.result()
+                    if not tasks[task].open:
+                        complete.append(tasks[task])
                     if len(complete) >= needed and not stopping:
                         stopping = True
-                        for task in running:
-                            tasks[task].stop(task)
+                        for other, errand in tasks.items():
+                            if not other.done():
+                                errand.stop(other)
         except TimeoutError:
             raise self._too_late([each for each in errands if each.open], len(errands)) from None
         finally:

@@ -185,7 +185,7 @@ def joined(first: Completion, more: Completion) -> Completion:
 
 def without_banned(drawn: Completion, banned_ids: Sequence[int]) -> tuple[Completion, bool]:
     """Cut off from the first banned id on, as if the length had been reached; whether it was so."""
-    hits = np.flatnonzero(np.isin(drawn.ids, banned_ids))
+    hits = np.flatnonzero((drawn.ids[:, None] == np.array(banned_ids, np.int32)).any(axis=1))
     if not len(hits):
         return drawn, False
     end = int(hits[0])
