@@ -3,10 +3,9 @@
 import signal
 import time
 
-import numpy as np
 import pytest
 
-from tests.e2e.runs import arguments, params, records, summary, timeless
+from tests.e2e.runs import arguments, assert_near, records, summary, timeless
 from tests.e2e.several import LIMIT, ended, run_all, started
 from vtriune_jax.data import digits
 from vtriune_jax.data.schema import to_row
@@ -55,26 +54,8 @@ def two(keys, tmp_path_factory):
     return workdir
 
 
-def assert_equal(workdir, reference):
-    got, want = records(workdir), records(reference)
-    assert len(got) == len(want) == 3
-    for record, expected in zip(got, want, strict=True):
-        assert record.keys() == expected.keys()
-        assert record.pop("stage") == expected.pop("stage")
-        for name, value in timeless(expected).items():
-            near = name.startswith(("reward", "length", "correct", "skipped", "dropped"))
-            tolerance = {"rel": 1e-12} if near else {"rel": 1e-5, "abs": 1e-6}
-            assert record[name] == pytest.approx(value, **tolerance), name
-    found, expected = params(workdir / "final"), params(reference / "final")
-    for name, value in expected.items():
-        assert np.abs(found[name] - value).max() <= 5e-6 * np.abs(value).max(), name
-    found, expected = summary(workdir), summary(reference)
-    for name in ("before", "after"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-12)
-
-
 def test_two_processes_are_like_one(one, two):
-    assert_equal(two, one)
+    assert_near(two, one)
     assert len(summary(two)["devices"]) == 2
     lines = records(one)
     assert lines[0]["skipped_rows"] > 0
@@ -97,7 +78,7 @@ def test_one_of_them_writes_and_it_writes_all(one, two):
 def test_four_processes_are_like_one(one, keys, tmp_path):
     for status, _, err in run_all(4, tmp_path / "run", **keys):
         assert status == 0, err
-    assert_equal(tmp_path / "run", one)
+    assert_near(tmp_path / "run", one)
 
 
 @pytest.mark.slow
