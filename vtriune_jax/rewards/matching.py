@@ -75,7 +75,8 @@ def iou_first(
 def _one_by_one(values: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[p, g, batch] → the IoU at which each prediction is matched, or −1, and whether its label is
     right. For NumPy: all pairs from the best one on, whatever their image."""
-    matched, equal = np.full(values[:, 0].shape, -1.0), np.zeros(values[:, 0].shape, bool)
+    shape = len(values), values.shape[2]
+    matched, equal = np.full(shape, -1.0), np.zeros(shape, bool)
     row, column, image = np.nonzero(values >= 0)
     order = np.argsort(-values[row, column, image], kind="stable")
     row, column, image = row[order], column[order], image[order]
@@ -111,7 +112,7 @@ def _in_rounds(values: Array, same: Array) -> tuple[Array, Array]:
         rows = best.any(axis=1)
         values = masked(values, ~(rows[:, None] | best.any(axis=0)))
         matched = jnp.where(rows, of_row, matched)
-        return values.max(axis=1), values, matched, equal | (best & same).any(axis=1)
+        return values.max(axis=1, initial=-1), values, matched, equal | (best & same).any(axis=1)
 
     of_row = values.max(axis=1, initial=-1)
     start = of_row, values, jnp.full_like(of_row, -1), jnp.zeros(of_row.shape, bool)
