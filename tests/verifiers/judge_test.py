@@ -49,7 +49,8 @@ def request(answer=BOX, **fields):
 def test_missing_or_ill_typed_fields_are_the_clients_fault(compat):
     for fields, reason in (
         ({"response": None, "prompt": 7}, "/judge: response, prompt must be given as strings"),
-        ({"accuracy_ratio": "much"}, "accuracy_ratio='much' is no number"),
+        ({"accuracy_ratio": "much"}, "accuracy_ratio='much' is no finite number"),
+        ({"format_ratio": math.nan}, "format_ratio=nan is no finite number"),
     ):
         with pytest.raises(UserError, match=reason):
             judge(request(**fields), compat=compat, iou_threshold="dynamic")
