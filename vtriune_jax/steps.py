@@ -191,7 +191,7 @@ def advantages(
     scores, valid = (np.concatenate(each) for each in zip(*both, strict=True))
     values, weights, _ = group_advantages(scores, valid, stage.advantage)
     own = slice(before, before + len(verdicts))
-    return values[own], weights[own]
+    return values[own].astype(np.float32), weights[own].astype(np.float32)
 
 
 def lay_out(

@@ -44,19 +44,14 @@ def test_more_values_than_small_integers_hold():
     np.testing.assert_array_equal(ranks >= least[1], values >= 0.5)
 
 
-def test_the_first_true_place_is_found_by_both_libraries():
+def test_the_first_true_place_is_found():
     mask = np.random.default_rng(0).random((4, 6, 50)) < 0.3
     mask[:, :, 0] = False
     for axis in (0, 1):
-        place, index = first(mask, axis)
-        traced, traced_index = jax.jit(first, static_argnums=1)(jnp.asarray(mask), axis)
+        place, index = jax.jit(first, static_argnums=1)(jnp.asarray(mask), axis)
         some = mask.any(axis)
-        np.testing.assert_array_equal(index[some], mask.argmax(axis)[some])
-        np.testing.assert_array_equal(np.asarray(traced_index)[some], index[some])
+        np.testing.assert_array_equal(np.asarray(index)[some], mask.argmax(axis)[some])
         np.testing.assert_array_equal(place, mask & (mask.cumsum(axis) == 1))
-        np.testing.assert_array_equal(np.asarray(traced), place)
-    alone = np.eye(5, dtype=bool)
-    np.testing.assert_array_equal(first(alone, 0)[1], range(5))
 
 
 def test_masked_values_are_negative_and_the_others_untouched():

@@ -238,6 +238,11 @@ def test_nothing_predicted_and_an_empty_batch():
     sides = padded([[]], 3), padded([true], 3)
     parts = PARTS(*sides, np.ones(1), np.ones((1, len(WEIGHTS))), np.full(1, 0.3))
     assert all(float(value[0]) == 0 for value in parts.values())
+    for counts in ((0, 3), (3, 0), (0, 0)):  # arrays without room for a box, not only masked ones
+        none = [padded([[]], count) for count in counts]
+        for sides, compute in ((none, PARTS), (jax.tree.map(np.asarray, none), detection_parts)):
+            parts = compute(*sides, np.ones(1), np.ones((1, len(WEIGHTS))), np.full(1, 0.3))
+            assert all(float(value[0]) == 0 for value in parts.values())
     none = padded([], 3)
     parts = PARTS(none, none, np.ones(0), np.ones((0, len(WEIGHTS))), np.ones(0))
     assert all(value.shape == (0,) for value in parts.values())

@@ -114,3 +114,18 @@ def test_jitted_they_are_the_same(x64, kind):
     for ours, reference in zip(found, group_advantages(scores, valid, kind), strict=True):
         assert ours.dtype == reference.dtype
         np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_float64_they_are_exact_to_its_last_digits(kind):
+    rng = np.random.default_rng(0)
+    scores, valid = rng.random((6, 4)), rng.random((6, 4)) < 0.8
+    with jax.enable_x64(True):
+        found = jax.jit(jax.vmap(group_advantages, (0, 0, None)), static_argnums=2)(
+            scores.reshape(2, 3, 4), valid.reshape(2, 3, 4), kind
+        )
+    halves = [
+        group_advantages(s, v, kind) for s, v in ((scores[:3], valid[:3]), (scores[3:], valid[3:]))
+    ]
+    for ours, *reference in zip(found, *halves, strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-12)

@@ -36,7 +36,7 @@ def asked(example, compat):
 
 
 def test_all_examples_are_found():
-    assert len(EXAMPLES) == TEXT.count("```json\n{") == 24
+    assert len(EXAMPLES) == TEXT.count("```json\n{") == 26
 
 
 def test_the_common_request_scores_1_in_both_modes():

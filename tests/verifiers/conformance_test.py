@@ -103,6 +103,7 @@ def test_our_judge_answers_with_the_same_keys_and_the_routers_scores(cases, rout
             assert "JSONDecodeError" in answer["error"]
         elif verdict.status == "ok":
             assert answer["rewards"]["final_reward"] == pytest.approx(verdict.score, abs=1e-12)
+            assert {type(value) for value in answer["rewards"].values()} == {float}, name
             assert "error" not in answer
             if "error" not in case["details"]:
                 assert set(answer["rewards"]) == set(case["details"]["rewards"])

@@ -1,8 +1,10 @@
 """What a model may come up with, against every verifier: there is always an answer, neighbours in
 the batch are judged as if alone, and no worker takes more than a gigabyte."""
 
+import json
 import math
 import threading
+import time
 from contextlib import closing
 
 import psutil
@@ -12,10 +14,11 @@ from hypothesis import strategies as st
 
 from tests.verifiers.conftest import BOX
 from vtriune_jax.types import RewardConfig
-from vtriune_jax.verifiers import known_verifiers
+from vtriune_jax.verifiers import detection, known_verifiers
 from vtriune_jax.verifiers.client import VerifierClient
 from vtriune_jax.verifiers.embedded import VerifierServer
 from vtriune_jax.verifiers.item import Item
+from vtriune_jax.verifiers.judge import judge
 from vtriune_jax.verifiers.router import Router
 
 SIDE = "{'bbox_2d': [%s, 0, 100, 100], 'label': 'dog'}"
@@ -190,6 +193,35 @@ def test_hostile_completions_cost_their_neighbours_nothing(door, verifier):
         assert verdicts[2 * list(HOSTILE).index("a tower of exponents")].status == "timeout"
     else:
         assert {verdict.status for verdict in verdicts} == {"ok"}
+
+
+@pytest.mark.parametrize("compat", [True, False])
+def test_hundreds_of_boxes_on_both_sides_each_in_the_way_of_the_next(compat):
+    """Overlapping by nearly all they have, and the best partner of each is the next one's, too."""
+
+    def boxes(count, shift):
+        corners = [k + shift for k in range(count)]
+        return str([{"bbox_2d": [k, k, k + 999, k + 999], "label": "dog"} for k in corners])
+
+    tasks = [
+        (f"\n<answer>\n{boxes(count, shift)}\n</answer>", f"<answer>{boxes(count, 0)}</answer>")
+        for count, shift in ((250, 0.5), (250, 0), (256, -0.5), (256, 0.25))
+    ]
+    start = time.process_time()
+    if compat:
+        parm = {"is_training": True, "step": 1, "total_steps": 9}
+        parm = {"reward_verifier_parm": json.dumps(parm | {"det_reward_ratio": {"map": 1.0}})}
+        names = ("prompt", "answer", "data_source")
+        fixed = dict.fromkeys(names, "") | {"reward_verifier": "detection"} | parm
+        for completion, truth in tasks:
+            asked = fixed | {"response": completion, "solution": truth}
+            rewards = judge(asked, compat=True, iou_threshold="average")["rewards"]
+            assert rewards["report_iou_50_label_match_recall_reward"] == 1
+    else:
+        many = [(*task, {"iou_threshold": "average"}, 0.0) for task in tasks] * 4
+        for parts in detection.verify_batch(many):
+            assert parts["recall_50"] == parts["iou_first_recall_50"] == 1
+    assert time.process_time() - start < 2 * LIMIT
 
 
 PIECES = [

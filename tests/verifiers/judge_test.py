@@ -49,7 +49,8 @@ def request(answer=BOX, **fields):
 def test_missing_or_ill_typed_fields_are_the_clients_fault(compat):
     for fields, reason in (
         ({"response": None, "prompt": 7}, "/judge: response, prompt must be given as strings"),
-        ({"accuracy_ratio": "much"}, "accuracy_ratio='much' is no number"),
+        ({"accuracy_ratio": "much"}, "accuracy_ratio='much' is no finite number"),
+        ({"format_ratio": math.nan}, "format_ratio=nan is no finite number"),
     ):
         with pytest.raises(UserError, match=reason):
             judge(request(**fields), compat=compat, iou_threshold="dynamic")
@@ -95,6 +96,15 @@ def dog(*coords):
 def test_answers_that_both_modes_read_alike(answer, final, compat):
     rewards = judge(request(answer), compat=compat, iou_threshold=0.5)["rewards"]
     assert rewards["final_reward"] == pytest.approx(final, abs=1e-9)
+
+
+def test_compat_matches_as_many_boxes_as_there_are():
+    many = [{"bbox_2d": [k, 0, k + 9, 9], "label": "dog"} for k in range(0, 9_000, 9)]
+    for predicted, true in ((many[:300], many[:300]), (many, many[:300]), (many, many[-1:])):
+        asked = request(str(predicted), solution=f"<answer>{true}</answer>")
+        rewards = judge(asked, compat=True, iou_threshold="0.5")["rewards"]
+        assert rewards["report_iou_99_label_match_pure_reward"] == pytest.approx(1)
+        assert rewards["size_penalty_reward"] == pytest.approx(0.6 ** (len(predicted) - len(true)))
 
 
 def test_an_overrun_is_a_wrong_answer_to_the_original_and_an_error_to_us():

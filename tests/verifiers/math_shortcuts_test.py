@@ -4,6 +4,8 @@ around them of the kind that change what it reads."""
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from math_verify import parse
+from math_verify import verify as equal
 
 from tests.verifiers.cases import load_cases
 from vtriune_jax.verifiers import mathverify
@@ -25,6 +27,7 @@ EXPRESSIONS = r"""
 x^2+1 1+x^2 \frac{x}{2} 2\pi 50\% 50 1/2 \frac12 \frac{1}{2} 0.5 .5 A \text{(B)} \text{yes} yes
 listen silent (1,2) [1,2] \{1,2\} 1,2 2,1 x=5 5 3:4 1,000 1000 12\text{cm} 12 x<3 3>x 90^\circ 90
 0.333333 \frac{1}{3} 1.000001 1.0000014 1 \$5 5\,percent 2\text{and}3 {2} 007 -0
+5. 1e5 10^5 −5 - 5\% 0.05 \frac84{2} -(-5) 5=5 5; \left(1,2\right) 1\,000 5! 5\! \infty ٥
 """
 EXPRESSION = st.sampled_from([*EXPRESSIONS.split(), "", "12 cm", "2 and 3", "50 percent"])
 AROUND = st.sampled_from(
@@ -39,16 +42,34 @@ AROUND = st.sampled_from(
 )
 
 
+ANCHORED = st.sampled_from(
+    [
+        *("answer: ${}$", r"the answer is ${}$\%", "answer: $ {} $ percent", r"answer: \({}\)"),
+        *("answer: $1$ and ${}$", "Final answer is $${}$$", r"answer: \[{}\] pct", "${}$"),
+    ]
+)
+
+
+def by_math_verify(completion, truth):
+    """Without any memory of ours; None for a truth that it cannot read."""
+
+    def read(text, extraction):
+        return parse(text, extraction, extraction_mode="first_match", parsing_timeout=0)
+
+    gold, answer = read(truth, mathverify._GOLD), read(completion, mathverify._PREDICTION)
+    return (bool(answer) and equal(gold, answer, timeout_seconds=None)) if gold else None
+
+
 def both_agree(answer, truth, around, space=""):
-    truth = rf"\boxed{{{truth}}}"
     box = rf"\boxed{{{space}{answer}{space}}}"
     completion = around.replace("{{", "{").replace("}}", "}").replace("{}", box)
-    try:
-        expected = mathverify.asked(completion, truth)
-    except ValueError:
-        return None
-    assert mathverify.verify(completion, truth, {}, 0.0)["accuracy"] == expected, completion
-    return only_box(completion)
+    agree(completion, rf"\boxed{{{truth}}}")
+
+
+def agree(completion, truth):
+    expected = by_math_verify(completion, truth)
+    if expected is not None:
+        assert mathverify.verify(completion, truth, {}, 0.0)["accuracy"] == expected, completion
 
 
 quietly = settings(
@@ -78,11 +99,20 @@ def test_expressions(answer, truth, around):
     both_agree(truth, truth, around)
 
 
+@settings(quietly, max_examples=60)
+@given(st.one_of(EXPRESSION, NUMBER), EXPRESSION, ANCHORED)
+@example("50", "0.5", "answer: ${}$")
+@example("50", "0.5", r"the answer is ${}$\%")
+def test_answers_without_a_box(answer, truth, around):
+    agree(around.replace("{}", answer), rf"\boxed{{{truth}}}")
+
+
 @pytest.mark.slow
 @settings(quietly, max_examples=20_000)
-@given(st.one_of(EXPRESSION, NUMBER), st.one_of(EXPRESSION, NUMBER), AROUND)
-def test_many_more(answer, truth, around):
+@given(st.one_of(EXPRESSION, NUMBER), st.one_of(EXPRESSION, NUMBER), AROUND, ANCHORED)
+def test_many_more(answer, truth, around, anchored):
     both_agree(answer, truth, around)
+    agree(anchored.replace("{}", answer), rf"\boxed{{{truth}}}")
 
 
 @pytest.mark.parametrize("digits", [1, 4, 6, 7, 8])
@@ -99,11 +129,7 @@ def test_the_recorded_cases():
     boxed = 0
     for case in math:
         completion, truth = case["response"], case["ground_truth"]
-        try:
-            expected = mathverify.asked(completion, truth)
-        except ValueError:
-            continue
-        assert mathverify.verify(completion, truth, {}, 0.0)["accuracy"] == expected, case["id"]
+        agree(completion, truth)
         boxed += only_box(completion) is not None
     assert boxed > len(math) / 4
 

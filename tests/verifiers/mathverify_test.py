@@ -71,3 +71,12 @@ def test_what_is_remembered_is_the_answer_to_this_truth():
     assert judged("1/2", "0.5") == 1
     after = mathverify._right.cache_info()
     assert (after.hits, after.misses) == (before.hits + 1, before.misses)
+
+
+def test_what_is_remembered_of_a_number_is_not_taken_for_a_percentage():
+    """math-verify reads both as the text 50."""
+    number, percentage = "answer: $50$", r"answer: $50$ \%"
+    for truth in (r"\boxed{0.5}", r"\boxed{\frac{1}{2}}"):
+        for _ in range(2):
+            assert accuracy(number, truth) == 0
+            assert accuracy(percentage, truth) == 1

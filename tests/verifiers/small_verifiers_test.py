@@ -137,7 +137,9 @@ BOX = "[{'bbox_2d': [100, 100, 300, 300], 'label': 'dog'}]"
 @pytest.mark.parametrize(
     ("answer", "iou"),
     [(BOX, 1), ("[100, 100, 300, 300]", 1), ("(100,100),(300,300)", 1),
-     ("[{'bbox_2d': [115, 100, 315, 300]}]", 185 / 215), ("[0, 0, 50, 50]", 0)],
+     ("[{'bbox_2d': [115, 100, 315, 300]}]", 185 / 215), ("[0, 0, 50, 50]", 0),
+     ('{"bbox_2d": [100, 100, 300, 300], "label": "dog"}', 1),
+     ('```json\n{"bbox_2d": [100, 100, 300, 300]}\n```', 1)],
 )  # fmt: skip
 def test_grounding_of_a_box(answer, iou):
     found = parts(grounding, answer, BOX, iou_threshold=0.5)
@@ -167,7 +169,8 @@ def test_grounding_of_a_point(answer, expected):
 
 
 def test_grounding_wants_one_box():
-    for answer in (BOX[:-1] + ", " + BOX[1:], "[]", "[300, 300, 100, 100]", "[1, 2, 3]", ""):
+    two = BOX[1:-1] + ", " + BOX[1:-1].replace("300]", "301]")
+    for answer in (f"[{two}]", two, "{}", "[]", "[300, 300, 100, 100]", "[1, 2, 3]", ""):
         assert parts(grounding, answer, BOX)["format"] == 0
         assert accuracy(grounding, answer, BOX, iou_threshold=0.0) == 0
     with pytest.raises(ValueError, match="not one box"):

@@ -48,19 +48,6 @@ def scan(
     return carry, tuple(np.stack(each) for each in zip(*outputs, strict=True))
 
 
-def while_loop(
-    unfinished: Callable[[Any], Array], step: Callable[[Any], Any], carry: tuple[Array, ...]
-) -> Any:
-    """`jax.lax.while_loop`, for both libraries."""
-    if not isinstance(carry[0], np.ndarray):
-        from jax import lax
-
-        return lax.while_loop(unfinished, step, carry)
-    while unfinished(carry):
-        carry = step(carry)
-    return carry
-
-
 def ranked(
     values: np.ndarray, thresholds: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, Callable[[np.ndarray], np.ndarray]]:
@@ -90,14 +77,13 @@ def masked(values: Array, mask: Array) -> Array:
 
 
 def first(mask: Array, axis: int) -> tuple[Array, Array]:
-    """Of what is True along an axis only the first, and where that is (anywhere if nowhere)."""
+    """Of what is True along an axis only the first, and where that is (anywhere if nowhere).
+
+    For JAX only.
+    """
     xp = namespace(mask)
     n = mask.shape[axis]
     places = xp.arange(n, dtype=xp.int32).reshape(-1, *[1] * (mask.ndim - 1 - axis % mask.ndim))
-    if isinstance(mask, np.ndarray):
-        if mask.view(np.int8).sum(axis, dtype=np.int32).max(initial=0) > 1:
-            mask = mask & (mask.cumsum(axis, dtype=np.int32) == 1)
-        return mask, (mask * places).max(axis, initial=0)
     place = xp.where(mask, places, n).min(axis, initial=n)
     return xp.expand_dims(place, axis) == places, place
 

@@ -43,6 +43,8 @@ def coco_map(
     larger than 10¹⁰ only the hits.
     """
     xp = namespace(iou)
+    if 0 in iou.shape:
+        return xp.zeros((*iou.shape[:-2], 3), dtype=iou.dtype)
     # flipped, so that the first of equally good boxes is the later one
     candidates = xp.flip(masked(batch_last(iou, 2), batch_last(same_label, 2)), axis=1)
     least = xp.asarray(np.minimum(THRESHOLDS, 1 - 1e-10), dtype=iou.dtype)[:, None]

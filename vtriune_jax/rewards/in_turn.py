@@ -24,6 +24,8 @@ def in_turn(
     first is. A negative value is none, and a threshold of NaN is never reached.
     """
     xp = namespace(values)
+    if 0 in values.shape:
+        return xp.full((len(values), *least.shape), -1, dtype=values.dtype)
     least = xp.maximum(least, 0)
     return (_by_rows if isinstance(values, np.ndarray) else _by_preferences)(values, least)
 

@@ -32,7 +32,8 @@ def group_advantages(
     "reinforce++" in the batch. Equal scores (of a group; of the batch for "reinforce++") get
     exactly 0 and keep their weight: their tokens count in the mean over tokens.
 
-    Arrays may be of NumPy or, under `jax.jit`, of JAX; `kind` is static.
+    Arrays may be of NumPy or, under `jax.jit`, of JAX, and values are as exact as the scores;
+    `kind` is static.
     """
     xp = scores.__array_namespace__()  # numpy or jax.numpy
     grouped = _centred(scores, valid)
@@ -49,7 +50,8 @@ def group_advantages(
     else:
         values = deviation / (spread + EPSILON)
     values = xp.where(equal, 0.0, values)
-    values, weights = (xp.astype(x.reshape(scores.shape), xp.float32) for x in (values, usable))
+    dtype = xp.result_type(scores.dtype, xp.float32)
+    values, weights = (xp.astype(x.reshape(scores.shape), dtype) for x in (values, usable))
     return Advantages(values, weights, grouped.equal[:, 0])
 
 

@@ -23,6 +23,8 @@ from vtriune_jax.verifiers.worker import guarded
 
 _GRID = 1000
 _NO_WEIGHTS: Mapping[str, float] = {}
+_PAIRS = 2**20
+"""Of boxes that are compared; of a longer answer the first ones. The original has no bound."""
 _LARGEST = 1e150
 """Of finite area; 1e999 is legal JSON."""
 
@@ -162,7 +164,7 @@ def _detection_parts(
         weights=tuple(weights[name] for name in WEIGHTS),
         completeness=weights["iou_completeness"],
     )
-    return detection.score([case], iou_first_as_published)[0]
+    return detection.score([case], iou_first_as_published, _PAIRS // max(1, len(true)))[0]
 
 
 def _floored(

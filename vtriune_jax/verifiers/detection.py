@@ -211,10 +211,11 @@ def scale_to_grid(grid: Sequence[Sequence[int]] | None) -> tuple[float, float]:
 
 
 def score(
-    cases: Sequence[Case], match_by_iou: Callable[..., Match] | None = None
+    cases: Sequence[Case], match_by_iou: Callable[..., Match] | None = None, most: int = _MOST
 ) -> list[dict[str, float]]:
-    """All scores of cases of similar size; `match_by_iou` stands in for `iou_first`."""
-    predicted, true = _sides(cases)
+    """All scores of cases of similar size; `match_by_iou` stands in for `iou_first`, and `most`
+    boxes of an answer are matched."""
+    predicted, true = _sides(cases, most)
     thresholds = np.array([case.threshold for case in cases])
     weights = np.array([case.weights for case in cases])
     completeness = np.array([case.completeness for case in cases])
@@ -228,25 +229,25 @@ def score(
             match_by_iou=match_by_iou,
         )
     counts = np.array([len(case.predicted.labels) for case in cases])
-    unmatched = SIZE_PENALTY ** np.maximum(counts - _MOST, 0)
+    unmatched = SIZE_PENALTY ** np.maximum(counts - most, 0)
     parts["accuracy"] *= unmatched
     parts["size_penalty"] *= unmatched
-    parts["format"] = np.array([case.tagged for case in cases]) * (counts > 0.0)
+    parts["format"] = np.array([float(case.tagged) for case in cases]) * (counts > 0)
     parts["boxes"] = counts.astype(float)
     rows = zip(*(values.tolist() for values in parts.values()), strict=True)
     return [dict(zip(parts, row, strict=True)) for row in rows]
 
 
-def _sides(cases: Sequence[Case]) -> tuple[Ragged, Ragged]:
+def _sides(cases: Sequence[Case], most: int) -> tuple[Ragged, Ragged]:
     """The predicted and the true boxes of all cases."""
     predicted = [case.predicted for case in cases]
     labels = [
-        map(case.true.known.get, case.predicted.labels[:_MOST], repeat(len(case.true.known)))
+        map(case.true.known.get, case.predicted.labels[:most], repeat(len(case.true.known)))
         for case in cases
     ]
     true = [case.true for case in cases]
-    counts = np.array([min(len(each.labels), _MOST) for each in predicted])
-    coords = _coords([Columns(each.coords[: 32 * _MOST], []) for each in predicted])
+    counts = np.array([min(len(each.labels), most) for each in predicted])
+    coords = _coords([Columns(each.coords[: 32 * most], []) for each in predicted])
     scale = np.array([case.scale for case in cases])
     if (scale != 1).any():
         coords = coords * np.repeat(np.tile(scale, 2), counts, axis=0)

@@ -5,9 +5,9 @@
     format     1 when the answer is one box (or, as asked, one point), else 0
 
 `iou_threshold` and `det_verifier_normalized` are those of `detection`; of boxes `iou` and `iou_50`,
-the IoU if it is ≥ 0.5, are reported, too. A box is a list of one object as in `detection`, with or
-without a label, or four bare numbers; a point is two, or [{"point_2d": [x, y]}]. An answer of
-several boxes has found nothing.
+the IoU if it is ≥ 0.5, are reported, too. A box is one object as in `detection`, in a list or bare,
+with or without a label, or four bare numbers; a point is two, or [{"point_2d": [x, y]}]. An answer
+of several boxes has found nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from vtriune_jax.rewards.boxes import contains, pairwise_iou
 from vtriune_jax.rewards.detection import AVERAGED
 from vtriune_jax.verifiers.answers import LONGEST
 from vtriune_jax.verifiers.detection import scale_to_grid, threshold
-from vtriune_jax.verifiers.parsing import LabelledBox, last_answer, parse_boxes, parse_list
+from vtriune_jax.verifiers.parsing import (
+    LabelledBox,
+    last_answer,
+    parse_boxes,
+    parse_list,
+    unfenced,
+)
 
 _NUMBER = re.compile(r"[-+]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][-+]?[0-9]{1,3})?")
 _BARE = re.compile(r"[\s\[\](),.0-9eE+-]*")
@@ -69,7 +75,7 @@ def _read(text: str, wanted: str) -> LabelledBox | None:
         values = [float(value) for value in _NUMBER.findall(text)]
         entries = [{wanted: values}] if len(values) == count else []
     else:
-        entries = parse_list(text)
+        entries = parse_list(text) or parse_list(f"[{unfenced(text.strip())}]")
     entries = [entry for entry in entries if isinstance(entry, dict) and wanted in entry]
     if len(entries) != 1:
         return None

@@ -70,8 +70,8 @@ def _checked(request: Mapping[str, Any]) -> dict[str, Any]:
     for name, default in _RATIOS.items():
         value = request.get(name)
         value = guarded(float, default if value is None else value)
-        if isinstance(value, Exception):
-            raise UserError(f"/judge: {name}={request[name]!r} is no number")
+        if isinstance(value, Exception) or not math.isfinite(value):
+            raise UserError(f"/judge: {name}={request[name]!r} is no finite number")
         ratios[name] = value
     return {**request, **ratios}
 

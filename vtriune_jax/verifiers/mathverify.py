@@ -74,17 +74,12 @@ def format_score(completion: str) -> float:
 class _Prediction(list):
     """What was read in a completion: an expression and its text, or only the text.
 
-    The text says what the expression is, and unlike it (a matrix, say) can always be hashed.
+    The hash is the text's, since an expression (a matrix, say) may have none. Equality asks for
+    both: the text of `$50$ percent` is 50, too.
     """
 
-    def _texts(self) -> list[str | None]:
-        return [each if isinstance(each, str) else None for each in self]
-
     def __hash__(self) -> int:
-        return hash(tuple(self._texts()))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Prediction) and self._texts() == other._texts()
+        return hash(tuple(each for each in self if isinstance(each, str)))
 
 
 # The completions of a prompt share the truth, and many of them the answer.
