@@ -80,6 +80,9 @@ def test_a_requests_own_threshold_overrides_the_servers(cases):
             params = case["params"] | {"verifier_parm": given}
             request = to_request(case | {"params": params})
             assert judge(request, compat=compat, iou_threshold="0.5") == set_by_server
+            null = case["params"]["verifier_parm"] | {"iou_threshold": None}
+            request = to_request(case | {"params": case["params"] | {"verifier_parm": null}})
+            assert judge(request, compat=compat, iou_threshold=threshold(case)) == set_by_server
 
 
 def test_our_rewards_equal_the_originals_but_where_we_mean_to_differ(cases, router):

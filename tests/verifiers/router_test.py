@@ -93,12 +93,13 @@ def test_the_servers_defaults_are_overridden_by_rows_and_items(boxes_item):
                     boxes_item(shifted, iou_threshold=0.5),
                     boxes_item(shifted, threshold=0.5),
                     boxes_item(shifted, threshold=0.9, iou_threshold=0.5),
+                    boxes_item(shifted, iou_threshold=None),
                 ]
             )
         ]
     finally:
         router.close()
-    assert [score > 0 for score in scores] == [False, True, True, False]
+    assert [score > 0 for score in scores] == [False, True, True, False, False]
 
 
 def test_a_mixed_batch_is_answered_in_order(router, boxes_item, math_item):

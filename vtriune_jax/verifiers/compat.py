@@ -50,7 +50,8 @@ def _fill(
     overran: bool = False,
 ) -> None:
     params = json.loads(request["reward_verifier_parm"])
-    given = params.pop("iou_threshold", iou_threshold)  # the one key that the original lacks
+    given = params.pop("iou_threshold", None)  # the one key that the original lacks
+    given = iou_threshold if given is None else given
     settings = _settings(**params)
     response, truth = request["response"], request["solution"]
     others = {}

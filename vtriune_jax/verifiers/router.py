@@ -69,9 +69,13 @@ class Router:
 
 
 def task(item: Item, defaults: Mapping[str, Any]) -> tuple[str, str, dict[str, Any], float]:
-    """The arguments of `verify`: plain Python, so that a worker needs none of our types."""
+    """The arguments of `verify`: plain Python, so that a worker needs none of our types.
+
+    A parameter that is null is not given: a Parquet file has every field in every row.
+    """
     reward = item.reward
-    params = {**defaults, **reward.params, "grid": item.grid}
+    given = {name: value for name, value in reward.params.items() if value is not None}
+    params = {**defaults, **given, "grid": item.grid}
     if item.threshold is not None:
         params["iou_threshold"] = item.threshold
     return item.completion, reward.ground_truth, params, item.progress
