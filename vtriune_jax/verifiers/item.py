@@ -42,7 +42,7 @@ def decode_items(body: bytes) -> list[Item]:
     try:
         rows = loads(body)["items"]
         return [_item(row) for row in rows]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(
             f"not a list of items ({type(error).__name__}: {error}); expected "
             '{"items": [{"completion": …, "reward": {"verifier": …, "ground_truth": …}, …}]}'
@@ -84,6 +84,9 @@ def _item(row: Mapping[str, Any]) -> Item:
         raise TypeError("an item and its reward must be objects")
     grid = tuple((int(height), int(width)) for height, width in row.get("grid", ()))
     item = Item(**{**row, "reward": RewardConfig(**row["reward"]), "grid": grid})
-    if not isinstance(item.completion, str) or not isinstance(item.reward.ground_truth, str):
-        raise TypeError("completion and ground_truth must be strings")
+    texts = item.completion, item.reward.ground_truth, item.reward.verifier
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("completion, ground_truth and verifier must be strings")
+    if not isinstance(item.reward.params, dict):
+        raise TypeError("params must be an object")
     return item
