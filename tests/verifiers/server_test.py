@@ -80,7 +80,7 @@ def test_a_request_as_another_program_would_send_it(web):
         b'{"items": [{"completion": "", "reward": {"verifier": ["x"], "ground_truth": ""}}]}',
         b'{"items": [{"completion":"","reward":{"verifier":"x","ground_truth":"","params":1}}]}',
         b'{"items": [{"completion":"","reward":{"verifier":"x","ground_truth":"","params":[1]}}]}',
-        b'{"items": [{"completion":"","grid":[[1e999,1]],"reward":{"verifier":"","ground_truth":""}}]}',
+        b'{"items":[{"completion":"","grid":[[1e999,1]],"reward":{"verifier":"","ground_truth":""}}]}',
         b'{"items": ' + b"[" * 50_000,
     ],
 )
