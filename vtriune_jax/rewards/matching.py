@@ -76,11 +76,11 @@ def _one_by_one(values: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.nd
     """[p, g, batch] → the IoU at which each prediction is matched, or −1, and whether its label is
     right. For NumPy: all pairs from the best one on, whatever their image."""
     shape = len(values), values.shape[2]
-    matched, equal = np.full(shape, -1.0), np.zeros(shape, bool)
+    matched, equal = np.full(shape, -1, values.dtype), np.zeros(shape, bool)
     row, column, image = np.nonzero(values >= 0)
     order = np.argsort(-values[row, column, image], kind="stable")
     row, column, image = row[order], column[order], image[order]
-    count = values.shape[2]
+    count = shape[1]
     rows, columns = (bytearray(side * count) for side in values.shape[:2])
     best = []
     wishes = zip((row * count + image).tolist(), (column * count + image).tolist(), strict=True)
