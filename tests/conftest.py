@@ -19,13 +19,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(scope="module")
 def optimised():
-    """Programs compiled as a run compiles them, for tests that read them."""
+    """Programs compiled as a run compiles them, for tests that read or compare them."""
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
+    jax.clear_caches()  # JAX takes what is compiled for it, whatever this setting was
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module", autouse=True)

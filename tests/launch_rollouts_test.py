@@ -68,6 +68,7 @@ def running(stub, model, *flags, **variables):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in a terminal
     )
     try:
         yield process, folder

@@ -36,7 +36,7 @@ def report(printed):
 
 
 def test_loss_and_state_are_those_of_one_device(report):
-    assert len(report) == 22
+    assert len(report) == 20
     worst = {
         name: max(entry["differences"].items(), key=lambda item: item[1])
         for name, entry in report.items()

@@ -45,7 +45,7 @@ def main(processes: int, process: int, port: int, checkpoint: Path, folder: Path
         opened.clear()
     last = process == processes - 1
     publisher.collect({1} if last else {2})  # each host knows its own servers
-    said.append({"versions": sorted(path.name for path in folder.glob("*"))})
+    said.append({"versions": sorted(path.name for path in folder.glob("version-*"))})
     if last:  # the disk of one host is full
 
         def full(*_):
