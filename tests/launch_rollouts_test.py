@@ -56,11 +56,28 @@ def model(tmp_path):
     return tmp_path / "my model"
 
 
+AS_IN_A_TERMINAL = (
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.argv[1], sys.argv[1:])",
+)
+"""Ctrl-C is heard, though these tests may run in the background, where it is not."""
+
+
 @contextmanager
 def running(stub, model, *flags, **variables):
     """(process, folder) of a launcher with two servers; nothing is left behind."""
     folder = stub / "work dir"
-    command = [SCRIPT, "--cpu", f"--model={model}", "--servers=2", f"--workdir={folder}", *flags]
+    command = [
+        *AS_IN_A_TERMINAL,
+        SCRIPT,
+        "--cpu",
+        f"--model={model}",
+        "--servers=2",
+        f"--workdir={folder}",
+        *flags,
+    ]
     process = subprocess.Popen(
         command,
         env={**os.environ, "SGLANG_VENV": str(stub), **variables},
@@ -68,7 +85,6 @@ def running(stub, model, *flags, **variables):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in a terminal
     )
     try:
         yield process, folder
