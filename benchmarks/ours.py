@@ -181,13 +181,7 @@ def whole_step(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
     samples = task.digit_samples(2 * (args.steps + args.warmup), 224, 0)
     prompts = [prompter(sample_of(s, task, text_only, i)) for i, s in enumerate(samples)]
     slots = slots_of([Group(p, ()) for p in prompts], max(len(p.ids) for p in prompts), 64)
-    engine = LocalEngine(
-        graphdef,
-        stop_ids=prompter.stop_ids,
-        banned_ids=prompter.banned_ids,
-        pad_id=prompter.pad_id,
-        decode_text=prompter.decode,
-    )
+    engine = engine_of(graphdef, prompter)
     sampling = Sampling(max_tokens=64, n=8)
     freeze = ("^visual/",) if text_only else ()
     state, update = training(graphdef, params, freeze, 1e-6, micro_batches=2)  # a group each
@@ -285,6 +279,17 @@ def load(path: Path, dtype: str, remat: str = "none") -> tuple[Any, Any, models.
 
 def read(path: Path, name: str, text_only: bool) -> dict[str, np.ndarray]:
     return dict(np.load(path / f"batch_{name}{'_text' if text_only else ''}.npz"))
+
+
+def engine_of(graphdef: Any, prompter: Prompter) -> LocalEngine:
+    """The sampler as a run makes it."""
+    return LocalEngine(
+        graphdef,
+        stop_ids=prompter.stop_ids,
+        banned_ids=prompter.banned_ids,
+        pad_id=prompter.pad_id,
+        decode_text=prompter.decode,
+    )
 
 
 def training(

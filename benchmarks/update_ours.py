@@ -22,7 +22,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 
 import numpy as np
-from ours import lay_out
+from ours import engine_of, lay_out
 from update_work import (
     CASES,
     CLIP,
@@ -54,7 +54,6 @@ from vtriune_jax.rl.losses import LossConfig
 from vtriune_jax.rl.policy import make_logps
 from vtriune_jax.rl.update import init_state, make_update
 from vtriune_jax.rollout.choice import Sampling
-from vtriune_jax.rollout.local import LocalEngine
 from vtriune_jax.tiny import tiny_config
 from vtriune_jax.types import Batch, Completion, Group, Message, Prompt, RewardConfig, Sample
 
@@ -155,13 +154,7 @@ def whole_step(folder: Path) -> Any:
     first = prompt(0)  # all are of one size
     windows = len(first.vision.segments)
     slots = Slots(len(first.ids), STEP["completion"], windows, prompter.pad_id)
-    engine = LocalEngine(
-        graphdef,
-        stop_ids=prompter.stop_ids,
-        banned_ids=prompter.banned_ids,
-        pad_id=prompter.pad_id,
-        decode_text=prompter.decode,
-    )
+    engine = engine_of(graphdef, prompter)
     sampling = Sampling(max_tokens=STEP["completion"], n=STEP["samples"])
     micro_batches = STEP["prompts"]
     state, update = training(graphdef, params, micro_batches, old="current")
