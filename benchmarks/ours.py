@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone, not an 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sampler import engine_of
 
 from vtriune_jax import models, sharding
 from vtriune_jax.data import images
@@ -279,17 +280,6 @@ def load(path: Path, dtype: str, remat: str = "none") -> tuple[Any, Any, models.
 
 def read(path: Path, name: str, text_only: bool) -> dict[str, np.ndarray]:
     return dict(np.load(path / f"batch_{name}{'_text' if text_only else ''}.npz"))
-
-
-def engine_of(graphdef: Any, prompter: Prompter) -> LocalEngine:
-    """The sampler as a run makes it."""
-    return LocalEngine(
-        graphdef,
-        stop_ids=prompter.stop_ids,
-        banned_ids=prompter.banned_ids,
-        pad_id=prompter.pad_id,
-        decode_text=prompter.decode,
-    )
 
 
 def training(

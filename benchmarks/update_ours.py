@@ -22,7 +22,8 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 
 import numpy as np
-from ours import engine_of, lay_out
+from ours import lay_out
+from sampler import engine_of
 from update_work import (
     CASES,
     CLIP,

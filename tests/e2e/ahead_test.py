@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.e2e.runs import arguments, assert_near, command, environment, records, timeless
-from tests.e2e.several import run_all
+from tests.e2e.several import finish
 from vtriune_jax.main import main
 
 KEYS = {
@@ -66,8 +66,7 @@ def test_two_processes_are_like_one(keys, tmp_path):
     """Those of a fleet: `pod_test`."""
     keys = {**keys, "rollout_ahead": 1, "grpo_refill": 1, "grpo_lr": 1e-4, "grpo_steps": 3}
     assert main(arguments(tmp_path / "one", **keys)) == 0
-    for status, _, err in run_all(2, tmp_path / "two", **keys):
-        assert status == 0, err
+    finish(2, tmp_path / "two", keys)
     assert_near(tmp_path / "two", tmp_path / "one")
 
 

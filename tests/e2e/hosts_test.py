@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.e2e.runs import arguments, assert_near, records, summary, timeless
-from tests.e2e.several import LIMIT, ended, run_all, started
+from tests.e2e.several import LIMIT, ended, finish, started
 from vtriune_jax.data import digits
 from vtriune_jax.data.schema import to_row
 from vtriune_jax.data.sources import write_parquet
@@ -49,8 +49,7 @@ def one(keys, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(keys, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("two") / "run"
-    for status, _, err in run_all(2, workdir, **keys):
-        assert status == 0, err
+    finish(2, workdir, keys)
     return workdir
 
 
@@ -76,8 +75,7 @@ def test_one_of_them_writes_and_it_writes_all(one, two):
 
 @pytest.mark.slow
 def test_four_processes_are_like_one(one, keys, tmp_path):
-    for status, _, err in run_all(4, tmp_path / "run", **keys):
-        assert status == 0, err
+    finish(4, tmp_path / "run", keys)
     assert_near(tmp_path / "run", one)
 
 
@@ -102,8 +100,7 @@ def test_a_kill_ends_all_and_the_same_commands_continue(victim, two, keys, tmp_p
         assert status in (3, -signal.SIGABRT)
         assert "another process of this run is gone" in err or "another task died" in err
     assert len(records(workdir)) < 3 or not (workdir / "summary.json").exists()
-    for status, _, err in run_all(2, workdir, **keys):
-        assert status == 0, err
+    finish(2, workdir, keys)
     for got, want in zip(records(workdir), records(two), strict=True):
         assert timeless(got) == timeless(want)
     got, want = (path / "final" / "model.safetensors" for path in (workdir, two))

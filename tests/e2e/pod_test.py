@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.runs import arguments, assert_near, learnt, records
-from tests.e2e.several import ended, run_all, started
+from tests.e2e.several import ended, finish, run_all, started
 from tests.rollout.fake_sglang import FakeServer
 from vtriune_jax.main import main
 
@@ -70,11 +70,6 @@ def two(keys, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("two") / "run"
     finish(2, workdir, keys)
     return workdir
-
-
-def finish(count, workdir, keys):
-    for status, _, err in run_all(count, workdir, **keys):
-        assert status == 0, err
 
 
 def assert_equal(workdir, reference):

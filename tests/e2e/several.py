@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,3 +65,9 @@ def run_all(count: int, workdir: Path, **values: object) -> list[tuple[int, str,
     """The same run on `count` processes to its end."""
     with started(count, arguments(workdir, **values)) as processes:
         return ended(processes)
+
+
+def finish(count: int, workdir: Path, keys: Mapping[str, object]) -> None:
+    """Such a run, which ends well."""
+    for status, _, err in run_all(count, workdir, **keys):
+        assert status == 0, err

@@ -32,6 +32,12 @@ class Item:
     training compare only at the same."""
 
 
+def with_defaults(params: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters, and a default where there is none or it is null: a Parquet file has every field
+    in every row."""
+    return {**defaults, **{name: value for name, value in params.items() if value is not None}}
+
+
 def encode_items(items: Sequence[Item]) -> bytes:
     """Items → the body of a request. ASCII, so that even a lone surrogate survives the trip."""
     return json.dumps({"items": [_plain(item) for item in items]}).encode()

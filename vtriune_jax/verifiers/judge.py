@@ -22,6 +22,7 @@ from vtriune_jax.errors import UserError
 from vtriune_jax.rewards.shaping import combine
 from vtriune_jax.verifiers import compat as original
 from vtriune_jax.verifiers import known_verifiers, load
+from vtriune_jax.verifiers.item import with_defaults
 from vtriune_jax.verifiers.wire import named, nothing
 from vtriune_jax.verifiers.worker import describe, guarded
 
@@ -86,8 +87,7 @@ def _judge(request: Mapping[str, Any], iou_threshold: str | float) -> dict[str, 
         raise ValueError(f"reward_verifier_parm is a {type(params).__name__}, expected an object")
     grid = [(height, width) for _, height, width in params.get("image_grid_thw") or ()]
     progress = (params.get("step") or 0) / (params.get("total_steps") or 1)
-    given = {key: value for key, value in params.items() if value is not None}
-    params = {"iou_threshold": iou_threshold, **given, "grid": grid}
+    params = with_defaults(params, {"iou_threshold": iou_threshold}) | {"grid": grid}
     parts = load(name).verify(request["response"], request["solution"], params, progress)
     ratios = request["accuracy_ratio"], request["format_ratio"]
     if not (sum(ratios) > 0 and min(ratios) >= 0 and math.isfinite(sum(ratios))):

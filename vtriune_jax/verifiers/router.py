@@ -11,7 +11,7 @@ from typing import Any
 from vtriune_jax.rewards.shaping import combine
 from vtriune_jax.types import Verdict
 from vtriune_jax.verifiers import known_verifiers
-from vtriune_jax.verifiers.item import Item
+from vtriune_jax.verifiers.item import Item, with_defaults
 from vtriune_jax.verifiers.pool import Answer, Pool
 from vtriune_jax.verifiers.worker import describe, guarded
 
@@ -69,13 +69,9 @@ class Router:
 
 
 def task(item: Item, defaults: Mapping[str, Any]) -> tuple[str, str, dict[str, Any], float]:
-    """The arguments of `verify`: plain Python, so that a worker needs none of our types.
-
-    A parameter that is null is not given: a Parquet file has every field in every row.
-    """
+    """The arguments of `verify`: plain Python, so that a worker needs none of our types."""
     reward = item.reward
-    given = {name: value for name, value in reward.params.items() if value is not None}
-    params = {**defaults, **given, "grid": item.grid}
+    params = with_defaults(reward.params, defaults) | {"grid": item.grid}
     if item.threshold is not None:
         params["iou_threshold"] = item.threshold
     return item.completion, reward.ground_truth, params, item.progress
