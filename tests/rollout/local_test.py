@@ -157,6 +157,16 @@ def test_a_completion_depends_on_its_own_key_and_prompt_alone(generate, groups):
     assert [c.text for c in completions(others)] != [c.text for c in completions(groups)]
 
 
+def test_completions_that_get_room_as_they_grow_are_the_same(generate, groups, monkeypatch):
+    assert local.rooms(16) == [16]
+    assert local.rooms(1000) == [250, 500, 1000]
+    monkeypatch.setattr(local, "SHORT", 5)
+    assert local.rooms(16) == [4, 8, 16]
+    jax.clear_caches()  # of this module's samplers
+    assert_same(generate(PROMPTS, keys(3)), groups)
+    jax.clear_caches()
+
+
 def test_greedy_logps_are_at_temperature_one(generate):
     sampling = replace(SAMPLING, n=1, temperature=0.0)
     (greedy,) = completions(generate(PROMPTS[1:2], keys(1), sampling))

@@ -114,6 +114,9 @@ class Drawn(NamedTuple):
     stopped: Bool[Array, "groups n"]
 
 
+SHORT = 128
+"""Tokens of completions whose keys and values get their whole length at once."""
+
 Carry = tuple[Array, tuple[KV, ...], Drawn]
 """The number of the next token, the completions' keys and values, what was drawn so far."""
 
@@ -151,7 +154,8 @@ def sample(
 ) -> Drawn:
     """Prefill every prompt once, then decode all completions until each has stopped.
 
-    Token t of completion i is drawn with the key fold_in(fold_in(prompt's key, i), t).
+    Token t of completion i is drawn with the key fold_in(fold_in(prompt's key, i), t). Every token
+    reads all the room that there is for keys and values, so this doubles while completions grow.
     """
     model: Qwen2_5_VL = merge(graphdef, params)
     groups, n, most = prompts.ids.shape[0], sampling.n, sampling.max_tokens
@@ -176,9 +180,9 @@ def sample(
             stopped=drawn.stopped | jnp.isin(ids, stop_ids),
         )
 
-    def unfinished(carry: Carry) -> Array:
+    def unfinished(room: int, carry: Carry) -> Array:
         t, _, drawn = carry
-        return (t < most) & ~drawn.stopped.all()
+        return (t < most) & (t <= room) & ~drawn.stopped.all()
 
     def step(carry: Carry) -> Carry:
         t, own, drawn = carry
@@ -198,7 +202,29 @@ def sample(
     at_prompt_end = jnp.broadcast_to(hidden[:, -1:], (groups, n, hidden.shape[-1]))
     _, kv_heads, head_dim, _ = prompt_kv[0].keys.shape
     rows, dtype = (groups, kv_heads, n), prompt_kv[0].keys.dtype
-    empty = KV(jnp.zeros((*rows, head_dim, most), dtype), jnp.zeros((*rows, most, head_dim), dtype))
-    own = (empty,) * len(layers)
-    carry = (start + 1, own, draw(start, at_prompt_end, nothing))
-    return jax.lax.while_loop(unfinished, step, carry)[2]
+    empty = KV(jnp.zeros((*rows, head_dim, 0), dtype), jnp.zeros((*rows, 0, head_dim), dtype))
+    carry = (start + 1, (empty,) * len(layers), draw(start, at_prompt_end, nothing))
+    for room in rooms(most):
+        t, own, drawn = carry
+        carry = (t, tuple(_widened(kv, room) for kv in own), drawn)
+        carry = jax.lax.while_loop(partial(unfinished, room), step, carry)
+    return carry[2]
+
+
+def rooms(most: int) -> list[int]:
+    """How many tokens of a completion there is room for at first, and later; at last `most`.
+
+    Three at most, each of which is compiled: more would save little.
+    """
+    found = [most]
+    while found[0] > SHORT and len(found) < 3:
+        found.insert(0, -(-found[0] // 2))
+    return found
+
+
+def _widened(kv: KV, room: int) -> KV:
+    rows, more = [(0, 0)] * 3, (0, room - kv.keys.shape[-1])
+    return KV(
+        keys=jnp.pad(kv.keys, [*rows, (0, 0), more]),
+        values=jnp.pad(kv.values, [*rows, more, (0, 0)]),
+    )
