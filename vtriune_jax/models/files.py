@@ -94,9 +94,9 @@ class Written(NamedTuple):
 
 
 class Writer:
-    """A file of tensors of one dtype, which come in the order of `shapes`.
+    """A file of tensors of one dtype, which come in the order of `shapes`, whole or in parts.
 
-    The file is complete, and on disk, when the last one was added. Raises OSError.
+    The file is complete, and on disk, when the last part was added. Raises OSError.
     """
 
     def __init__(self, file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype):
@@ -109,7 +109,7 @@ class Writer:
             header[key] = {"dtype": name, "shape": shape, "data_offsets": (start, end)}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that the numbers start at a multiple of 8
-        self._dtype, self._missing = dtype, len(shapes)
+        self._missing = end
         self._size, self._hash = 0, xxhash.xxh3_64()
         self._stream = file.open("wb")
         self._write(len(text).to_bytes(8, "little") + text)
@@ -120,12 +120,12 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self._stream.close()
 
-    def add(self, tensor: np.ndarray) -> Written | None:
-        """Write the next tensor; after the last one says what the file is like."""
-        numbers = np.ascontiguousarray(tensor, self._dtype).reshape(-1).view(np.uint8)
+    def add(self, part: np.ndarray) -> Written | None:
+        """Write what comes next, of the file's dtype; after the last says what the file is like."""
+        numbers = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
         for start in range(0, len(numbers), PIECE):
             self._write(numbers[start : start + PIECE].data)
-        self._missing -= 1
+        self._missing -= len(numbers)
         if self._missing:
             return None
         self._stream.flush()

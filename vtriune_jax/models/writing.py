@@ -2,7 +2,9 @@
 
 A parameter is turned, cast and, where it lies on several hosts, made whole on the devices, layer by
 layer. The next tensor is under way there while the last one goes to its file, so that the host
-holds two of them at most.
+holds two of them at most. A parameter in the host's own memory, of a single CPU device, is read
+where it is instead, and turned and cast band by band on the way to the file: a band stays in the
+processor's cache until it is written, where XLA would turn whole matrices at a tenth of the speed.
 """
 
 from __future__ import annotations
@@ -33,6 +35,11 @@ Slot = tuple[int, ...]
 
 Item = TypeVar("Item")
 
+BAND = 2 * 1024**2
+"""Bytes of a tensor that are turned or cast at once, of a parameter in the host's memory."""
+ROWS = 64
+"""Rows of a matrix that are turned at once: more, and their lines drop out of the cache."""
+
 
 class Part(NamedTuple):
     """One tensor of a file: which it is, and its shape there."""
@@ -46,7 +53,7 @@ class Report(NamedTuple):
 
     files: dict[str, files.Written]
     gather: float
-    """Waiting for the devices, and copying from there."""
+    """Waiting for the devices, copying from there, and turning what lies in the host's memory."""
     write: float
     """Checksums and writing, at the same time as the above."""
 
@@ -154,29 +161,35 @@ def write_files(
     failed: list[OSError] = []
     seconds = {"gather": 0.0, "write": 0.0}
 
-    def add(name: str, tensor: np.ndarray) -> None:
+    def add(name: str, band: np.ndarray) -> None:
         start = time.monotonic()
         try:
             if name not in writers:
                 writer = files.Writer(folder / name, contents[name], dtype)
                 writers[name] = stack.enter_context(writer)
-            if written := writers[name].add(tensor):
+            if written := writers[name].add(band):
                 done[name] = written
         except OSError as error:
             failed.append(error)
         seconds["write"] += time.monotonic() - start
 
+    row = max((math.prod(part.shape[1:]) for part in wanted), default=0) * dtype.itemsize
+    buffers = itertools.cycle([np.empty(max(BAND, row), np.uint8) for _ in range(2)])
     with ExitStack() as stack, ThreadPoolExecutor(1) as thread:
         adding: Future[None] | None = None
-        for part, array in _one_ahead(_on_devices(wanted, fetch, dtype, whole)):
-            name, start = placed[part.entry.key], time.monotonic()
-            array.block_until_ready()  # for others too: else this process would run far ahead
-            host = np.asarray(array) if name in mine and not failed else None
-            seconds["gather"] += time.monotonic() - start
-            if host is not None:
+        start = time.monotonic()
+        for part, array in _one_ahead(_tensors(wanted, fetch, dtype, whole)):
+            name = placed[part.entry.key]
+            if isinstance(array, jax.Array):
+                array.block_until_ready()  # for others too: else this process would run far ahead
+            mine_too = name in mine and not failed
+            for band in _bands(np.asarray(array), dtype, buffers) if mine_too else ():
+                seconds["gather"] += time.monotonic() - start
                 if adding:
                     adding.result()
-                adding = thread.submit(add, name, host)
+                adding = thread.submit(add, name, band)
+                start = time.monotonic()
+        seconds["gather"] += time.monotonic() - start
         if adding:
             adding.result()
     if failed:
@@ -184,16 +197,49 @@ def write_files(
     return Report(done, **seconds)
 
 
-def _on_devices(
+def _tensors(
     wanted: Sequence[Part], fetch: Fetch, dtype: np.dtype, whole: Sharding | None
-) -> Iterator[tuple[Part, jax.Array]]:
-    """The tensors as the files have them, one after the other, on their way."""
+) -> Iterator[tuple[Part, jax.Array | np.ndarray]]:
+    """The tensors as the files have them, on their way from the devices, or as views of
+    parameters that lie in this host's memory."""
     for path, group in itertools.groupby(wanted, key=lambda part: part.entry.path):
         param = fetch(path)
+        if len(param.devices()) == 1 and param.device.platform == "cpu":
+            # Not `np.asarray(param)`, which keeps the view: no step could then donate the buffer.
+            host = np.asarray(param.addressable_data(0))
+            for part in group:
+                tensor = host if part.entry.layer is None else host[part.entry.layer]
+                yield part, tensor if part.entry.transform == "same" else tensor.T
+            continue
         take = _taker(whole or _everywhere(param))
         for part in group:
             stack = param[None] if part.entry.layer is None else param
             yield part, take(stack, part.entry.layer or 0, part.entry.transform, part.shape, dtype)
+
+
+def _bands(
+    tensor: np.ndarray, dtype: np.dtype, buffers: Iterator[np.ndarray]
+) -> Iterator[np.ndarray]:
+    """The numbers of a tensor in the order and the dtype of a file: whole if they are so already,
+    or as many rows at a time as the next buffer holds."""
+    if tensor.dtype == dtype and tensor.flags.c_contiguous:
+        yield tensor
+        return
+    tensor = tensor.reshape(len(tensor), -1)
+    bits = np.dtype(f"u{dtype.itemsize}")  # which NumPy copies several times as fast as bfloat16
+    if tensor.dtype == dtype:
+        tensor, dtype = tensor.view(bits), bits
+    width, first = tensor.shape[1], 0
+    while first < len(tensor):
+        buffer = next(buffers).view(bits)
+        part = tensor[first : first + len(buffer) // width]
+        band = buffer[: part.size].reshape(part.shape)
+        for start in range(0, width, ROWS):
+            columns = slice(start, start + ROWS)
+            # First close together: rows a power of two apart would drive each other out of a cache.
+            band[:, columns] = part[:, columns].astype(dtype).view(bits)
+        yield band
+        first += len(part)
 
 
 def _everywhere(param: jax.Array) -> Sharding | None:
