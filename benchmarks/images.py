@@ -5,14 +5,13 @@
 
 Both go from encoded bytes to patches, one picture a call, in turns: a round of theirs, a round of
 ours, and the medians over the rounds are compared. The patches of a round are kept to its end, as
-a loop keeps those of a step, so that both pay for fresh memory. With more threads a picture is still one call;
-the threads take them from a queue. `cpu` is processor time of the whole process, all threads; the
-ratio of it is the steadier one where other programs run. `diff` is the largest difference of any
-patch value.
+a loop keeps those of a step, so that both pay for fresh memory. With more threads a picture is
+still one call; the threads take them from a queue. `cpu` is processor time of the whole process,
+all threads; the ratio of it is the steadier one where other programs run. `diff` is the largest
+difference of any patch value.
 
-Measured on two cores of an EPYC (Zen 4), Pillow 13, transformers 5.23: 1.6 to 2.5 times as fast, 3
-to 4 where the size needs no change. Decoding and Pillow's resize, which both pay, are four fifths
-of our time; that is what bounds the ratio.
+Measured figures are in docs/benchmarks.md. Decoding and Pillow's resize, which both pay, are four
+fifths of our time; that is what bounds the ratio.
 """
 
 from __future__ import annotations
