@@ -4,14 +4,14 @@
     python benchmarks/images.py --folder=/path/to/pictures --limit=64
 
 Both go from encoded bytes to patches, one picture a call, in turns: a round of theirs, a round of
-ours, and the medians over the rounds are compared. With more threads a picture is still one call;
-the threads take them from a queue. `cpu` is processor time of the whole process, all threads; the
-ratio of it is the steadier one where other programs run. `diff` is the largest difference of any
-patch value.
+ours, and the medians over the rounds are compared. The patches of a round are kept to its end, as
+a loop keeps those of a step, so that both pay for fresh memory. With more threads a picture is
+still one call; the threads take them from a queue. `cpu` is processor time of the whole process,
+all threads; the ratio of it is the steadier one where other programs run. `diff` is the largest
+difference of any patch value.
 
-Measured on two cores of an EPYC (Zen 4), Pillow 13, transformers 5.23: 1.6 to 2.5 times as fast, 3
-to 4 where the size needs no change. Decoding and Pillow's resize, which both pay, are four fifths
-of our time; that is what bounds the ratio.
+Measured figures are in docs/benchmarks.md. Decoding and Pillow's resize, which both pay, are four
+fifths of our time; that is what bounds the ratio.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def compare(
         for _ in range(rounds + 1):
             for convert, times in zip(converts, spent, strict=True):
                 wall, cpu = time.perf_counter(), time.process_time()
-                list(pool.map(lambda blob, convert=convert: len(convert(blob)), blobs))
+                list(pool.map(convert, blobs))  # all of them stay until the round is over
                 times.append((time.perf_counter() - wall, time.process_time() - cpu))
     return [
         (

@@ -30,5 +30,6 @@ def warm(data, tmp_path_factory):
     without which GRPO would have nothing to learn."""
     workdir = tmp_path_factory.mktemp("warm") / "run"
     steps = {"sft_steps": 60, "sft_lr": 1e-2, "checkpoint_every": 60}
-    assert main(arguments(workdir, stages="sft", log_seconds=60.0, **steps, **data)) == 0
+    quiet = {"log_seconds": 60.0, "log_samples": 0, "eval_rows_per_source": 0}
+    assert main(arguments(workdir, stages="sft", **quiet, **steps, **data)) == 0
     return workdir

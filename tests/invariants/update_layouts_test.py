@@ -11,23 +11,28 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def printed():
+@pytest.fixture(
+    scope="module", params=[("few", 15), pytest.param(("all", 20), marks=pytest.mark.slow)]
+)
+def printed(request):
     """Eight devices need their own process: their number is fixed when jax starts."""
+    which, count = request.param
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": str(HERE.parents[1]),
     }
     done = subprocess.run(
-        [sys.executable, "-W", "error", HERE / "update_layouts.py"],
+        [sys.executable, "-W", "error", HERE / "update_layouts.py", which],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["updates"]) == count
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,6 @@ def report(printed):
 
 
 def test_loss_and_state_are_those_of_one_device(report):
-    assert len(report) == 20
     worst = {
         name: max(entry["differences"].items(), key=lambda item: item[1])
         for name, entry in report.items()
@@ -51,7 +55,7 @@ def test_every_layout_donates_its_state(report):
 def test_parameters_are_really_cut(report):
     cut = {name: entry["cut"] for name, entry in report.items()}
     assert cut["grpo: one device"] == cut["grpo: 8,1,1"] == 0
-    assert min(cut["grpo: 1,8,1"], cut["grpo: 2,2,2"]) >= 10
+    assert min(cut["grpo: 1,8,1"], cut["grpo: 2,2,2 and 2 micro-batches"]) >= 10
 
 
 def test_a_device_has_the_logits_of_its_part_of_the_vocabulary_and_of_a_chunk(printed):

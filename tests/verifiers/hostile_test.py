@@ -112,7 +112,7 @@ def wrapped(verifier, text):
     return rf"so \boxed{{{text}}}"
 
 
-@pytest.fixture(params=["router", "server"])
+@pytest.fixture
 def door(request):
     """A function that judges items, and the process whose children do it."""
     if request.param == "router":
@@ -173,7 +173,16 @@ def test_there_is_a_question_for_every_verifier():
     assert sorted(QUESTIONS) == sorted(known_verifiers())
 
 
-@pytest.mark.parametrize("verifier", ["mathverify", "all others"])
+@pytest.mark.parametrize(
+    ("door", "verifier"),
+    [
+        ("router", "mathverify"),  # 17 of these texts take the whole limit
+        pytest.param("server", "mathverify", marks=pytest.mark.slow),
+        ("router", "all others"),
+        ("server", "all others"),
+    ],
+    indirect=["door"],
+)
 def test_hostile_completions_cost_their_neighbours_nothing(door, verifier):
     score, parent = door
     names = [verifier] if verifier in QUESTIONS else sorted(set(QUESTIONS) - {"mathverify"})
