@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.runs import arguments, records
+from tests.e2e.several import finish
 from tests.rollout import real_sglang
 from tests.rollout.garbler import garbler
 from vtriune_jax import served, train
@@ -314,3 +315,15 @@ def test_a_server_of_another_model_ends_the_run(run, tmp_path, capsys):
     said = capsys.readouterr().err
     assert f"{address} does not have the trainer's model" in said
     assert "off by 0.5000 in the mean" in said
+
+
+def test_two_trainer_processes_share_the_servers(run, tmp_path):
+    keys = run._keys | {"grpo_steps": 2}
+    finish(2, tmp_path / "run", keys)
+    lines = records(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1]
+    for line in lines:
+        assert line["rollout_gap"] < 1e-4
+        assert line["sync/servers_updated"] == line["rollout/servers_ready"] == 2
+        assert line["grad_norm"] > 0
+        assert line["rollout/pending_prompts"] == 0

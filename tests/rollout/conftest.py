@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import orjson
 import pytest
 from flax import nnx
 
@@ -98,7 +99,8 @@ def oracle(made_up_folders):
     def logps(prompt, ids, temperature=0.8):
         sent = wire_prompt(prompt, PAD, lambda prompt: prompt.sample.images)
         draw = Draw(temperature=temperature, bias=bias)
-        (line,) = source.begin(expand(sent.ids, sent.images, settings), draw, 1)
+        images = orjson.loads(orjson.dumps(sent.images))
+        (line,) = source.begin(expand(sent.ids, images, settings), draw, 1)
         source._uniform = lambda: 0.5
         found = []
         for i in ids.tolist():

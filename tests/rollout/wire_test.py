@@ -35,7 +35,8 @@ def test_one_placeholder_an_image_and_their_bytes_as_the_model_sees_them():
         PROMPT, PAD, lambda prompt: [b"seen " + i for i in prompt.sample.images]
     )
     assert sent.ids == [21, 21, 23, START, PAD, END, 23, START, PAD, END, 23]
-    assert [base64.b64decode(image) for image in sent.images] == [b"seen one", b"seen two"]
+    texts = orjson.loads(orjson.dumps(sent.images))
+    assert [base64.b64decode(text) for text in texts] == [b"seen one", b"seen two"]
     assert sent.tokens == len(PROMPT.ids) == len(sent.ids) + 5
 
 

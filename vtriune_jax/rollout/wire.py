@@ -6,13 +6,13 @@ first token of each completion, which tells the id to abort it by, and one at it
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import orjson
+import pybase64
 
 from vtriune_jax.errors import UserError
 from vtriune_jax.rollout.choice import Sampling
@@ -38,8 +38,9 @@ class WirePrompt:
 
     ids: list[int]
     """With one placeholder per image: the server expands them."""
-    images: list[str]
-    """Base64."""
+    images: list[orjson.Fragment]
+    """Base64, as JSON: a picture is a long text, not to be copied and searched for what JSON
+    escapes."""
     tokens: int
     """As the trainer counts them, with all placeholders."""
 
@@ -56,8 +57,9 @@ def wire_prompt(
         areas = prompt.grid_thw.prod(axis=1)
         units = areas * len(pads) // areas.sum()
         kept[pads[np.cumsum([0, *units[:-1]])]] = True
-    encoded = [base64.b64encode(data).decode() for data in pictures(prompt)] if images else []
-    return WirePrompt(prompt.ids[kept].tolist(), encoded, len(prompt.ids))
+    encoded = [pybase64.b64encode(data) for data in pictures(prompt)] if images else []
+    texts = [orjson.Fragment(b'"%b"' % text) for text in encoded]
+    return WirePrompt(prompt.ids[kept].tolist(), texts, len(prompt.ids))
 
 
 def check_sampling(sampling: Sampling) -> None:
