@@ -22,8 +22,8 @@ MAY_IMPORT = {
     "rewards": ["types"],
     "models": ["types"],
     "data": ["types", "models.layout", "models.config"],
-    "verifiers": ["types", "rewards"],
-    "rollout": ["types", "models", "sharding", "hosts"],
+    "verifiers": ["types", "rewards", "loop"],
+    "rollout": ["types", "models", "sharding", "hosts", "loop"],
     "rollout.simulate": ["rollout", "models", "config", "commands", "main"],  # an entry point
     "rl": ["types", "models", "sharding", "optim"],
     "sharding": ["types"],

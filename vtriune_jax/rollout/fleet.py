@@ -28,8 +28,8 @@ import orjson
 
 from vtriune_jax.errors import UserError
 from vtriune_jax.hosts import Share
+from vtriune_jax.loop import LoopThread
 from vtriune_jax.rollout.addresses import Addresses, read_addresses
-from vtriune_jax.rollout.loop import LoopThread
 from vtriune_jax.rollout.servers import Queue, Server, capacity_of
 from vtriune_jax.rollout.trouble import (
     ADMIN_KEY,

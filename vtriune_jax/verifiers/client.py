@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from typing import Self
 
 import aiohttp
 
+from vtriune_jax.loop import LoopThread
 from vtriune_jax.types import Verdict
 from vtriune_jax.verifiers.balance import Server, Servers
 from vtriune_jax.verifiers.item import Item, encode_items
@@ -81,18 +81,12 @@ class VerifierClient:
         self._flush: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._durations: deque[float] = deque(maxlen=100)
-        self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
-        ready = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, args=(ready,), name="verifier-client", daemon=True
-        )
-        self._thread.start()
-        ready.wait()
+        self._thread = LoopThread("verifier-client")
+        self._thread.run(self._open()).result()
 
     def submit(self, items: Sequence[Item]) -> Future[list[Verdict]]:
         """Start to judge; the verdicts come in the order of the items."""
-        return asyncio.run_coroutine_threadsafe(self._score(list(items)), self._loop)
+        return self._thread.run(self._score(list(items)))
 
     def score(self, items: Sequence[Item]) -> list[Verdict]:
         """Judge and wait."""
@@ -100,9 +94,7 @@ class VerifierClient:
 
     def close(self) -> None:
         """Cancel what is on its way and close the connections."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join()
+        self._thread.close()
 
     def __enter__(self) -> Self:
         return self
@@ -110,22 +102,19 @@ class VerifierClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, ready: threading.Event) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self._serve(ready))
+    async def _open(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=10),
+            connector=aiohttp.TCPConnector(limit=0),  # `Servers` limits them
+            headers=authorization(),
+        )
+        self._keeper = self._loop.create_task(self._keep())
 
-    async def _serve(self, ready: threading.Event) -> None:
-        limits = aiohttp.ClientTimeout(total=self._timeout, sock_connect=10)
-        connector = aiohttp.TCPConnector(limit=0)  # `Servers` limits them
-        async with aiohttp.ClientSession(
-            timeout=limits, connector=connector, headers=authorization()
-        ) as self._session:
-            ready.set()
-            await self._stop.wait()
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
+    async def _keep(self) -> None:
+        """Closes the connections when the loop ends."""
+        async with self._session:
+            await asyncio.Event().wait()
 
     async def _score(self, items: list[Item]) -> list[Verdict]:
         deadline = self._loop.time() + self._deadline
