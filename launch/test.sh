@@ -34,4 +34,4 @@ check ruff check .
 check python -m pyright --pythonpath "$python"
 check shellcheck --external-sources launch/*.sh launch/*/*.sh .ci/run
 # One file is tested by one process, so that its fixtures are made once; a process needs about 2 GB.
-check python -m pytest --numprocesses="$((cores < 8 ? cores : 8))" --dist=loadfile "$@"
+check python -m pytest --numprocesses="$((cores < 8 ? cores : 8))" --dist=loadfile --no-loadscope-reorder "$@"
