@@ -27,6 +27,7 @@ def test_ticks_are_round_and_enclose(low, high, expected):
 @given(FINITE, FINITE)
 @example(5e-324, 5e-324)
 @example(-5e-324, 5e-324)
+@example(5e-324, 1e-246)
 def test_ticks_enclose_any_range(a, b):
     found = ticks(min(a, b), max(a, b))
     slack = 1e-6 * (abs(a) + abs(b) + 1)

@@ -93,9 +93,9 @@ def dumbbell(before: float, after: float) -> str:
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) that enclose low … high."""
-    if max(abs(low), abs(high)) < 1e-300:  # no number has the logarithm of a fraction of that
+    if max(abs(low), abs(high)) < 1e-30:  # as good as 0, and fractions of it may have no logarithm
         low, high = 0.0, 0.0
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30):
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = sorted((0.0, 2.0 * low or 1.0))
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
