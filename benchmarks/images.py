@@ -10,8 +10,8 @@ still one call; the threads take them from a queue. `cpu` is processor time of t
 all threads; the ratio of it is the steadier one where other programs run. `diff` is the largest
 difference of any patch value.
 
-Measured figures are in docs/benchmarks.md. Decoding and Pillow's resize, which both pay, are four
-fifths of our time; that is what bounds the ratio.
+Measured figures are in docs/benchmarks.md. Both pay for decoding and for Pillow's resize, which
+bounds the ratio.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone, not an 
 
 import jax
 import numpy as np
+from sampler import engine_of
 
 from configs import base
 from vtriune_jax import models, sharding
@@ -39,7 +40,6 @@ from vtriune_jax.data.tokenizer import load_processor
 from vtriune_jax.rl.losses import LossConfig
 from vtriune_jax.rl.policy import make_logps
 from vtriune_jax.rollout.choice import Sampling
-from vtriune_jax.rollout.local import LocalEngine
 from vtriune_jax.tiny import ensure_tiny
 from vtriune_jax.types import Batch, Group, Prompt
 
@@ -103,13 +103,7 @@ def sampled(model: Any, tools: Any) -> list[Group]:
     graphdef, params = models.split(model)
     prompter: Prompter = tools.prompter
     prompts: Sequence[Prompt] = tools.prompts
-    engine = LocalEngine(
-        graphdef,
-        stop_ids=prompter.stop_ids,
-        banned_ids=prompter.banned_ids,
-        pad_id=prompter.pad_id,
-        decode_text=prompter.decode,
-    )
+    engine = engine_of(graphdef, prompter)
     features = models.encode(graphdef, params, stack_vision(prompts, tools.slots))
     keys = jax.random.split(jax.random.key(0), len(prompts))
     sampling = Sampling(max_tokens=TOKENS, n=COMPLETIONS)

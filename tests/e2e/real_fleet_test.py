@@ -50,7 +50,7 @@ class Run:
     """A run of a few steps, in this process, and what it has trained on."""
 
     def __init__(self, monkeypatch, keys, real):
-        self.real, self._keys = real, keys
+        self.real, self.keys = real, keys
         self.trained: list[list] = []
         """Step → groups."""
         self.before = {}
@@ -74,7 +74,7 @@ class Run:
     def go(self, workdir, **keys):
         """The records of a run that comes to its end."""
         began = time.monotonic()
-        assert main(arguments(workdir, **self._keys | keys)) == 0
+        assert main(arguments(workdir, **self.keys | keys)) == 0
         assert time.monotonic() - began < 2 * DEADLINE
         return records(workdir)
 
@@ -185,7 +185,7 @@ def check(run, lines, expected):
 
 def test_without_a_key(run, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(ADMIN_KEY)
-    assert main(arguments(tmp_path / "run", **run._keys)) == 2
+    assert main(arguments(tmp_path / "run", **run.keys)) == 2
     assert "wants a key" in capsys.readouterr().err
 
 
@@ -310,7 +310,7 @@ def test_a_server_of_another_model_ends_the_run(run, tmp_path, capsys):
     """Answers that are right in form: only the probe can tell."""
     one, other = run.real.addresses
     with garbler(one, ["other log-probs"] * 1000) as address:
-        keys = run._keys | {"rollout_addresses": (address, other)}
+        keys = run.keys | {"rollout_addresses": (address, other)}
         assert main(arguments(tmp_path / "run", **keys)) == 2
     said = capsys.readouterr().err
     assert f"{address} does not have the trainer's model" in said
@@ -318,7 +318,7 @@ def test_a_server_of_another_model_ends_the_run(run, tmp_path, capsys):
 
 
 def test_two_trainer_processes_share_the_servers(run, tmp_path):
-    keys = run._keys | {"grpo_steps": 2}
+    keys = run.keys | {"grpo_steps": 2}
     finish(2, tmp_path / "run", keys)
     lines = records(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1]

@@ -169,9 +169,10 @@ def _cut(
 ) -> None:
     """Writes normalised patches: unit by unit, row-major, and so inside a unit; frames repeat.
 
-    One strip is as high as a unit. Pillow takes the channels apart, because NumPy computes with
-    every third byte half as fast. A row of a patch is moved as one item of `side` floats: NumPy
-    then copies it at once, instead of turning to its general loop for so few elements.
+    One strip is as high as a unit. Pillow takes the channels apart, because NumPy computes faster
+    with neighbouring bytes than with every third one. A row of a patch is moved as one item of
+    `side` floats: NumPy then copies it at once, instead of turning to its general loop for so few
+    elements.
     """
     side, merge = processor.patch_size, processor.merge_size
     unit = side * merge

@@ -182,8 +182,9 @@ def write_files(
             name = placed[part.entry.key]
             if isinstance(array, jax.Array):
                 array.block_until_ready()  # for others too: else this process would run far ahead
-            mine_too = name in mine and not failed
-            for band in _bands(np.asarray(array), dtype, buffers) if mine_too else ():
+            if name not in mine or failed:
+                continue
+            for band in _bands(np.asarray(array), dtype, buffers):
                 seconds["gather"] += time.monotonic() - start
                 if adding:
                     adding.result()
@@ -226,7 +227,7 @@ def _bands(
         yield tensor
         return
     tensor = tensor.reshape(len(tensor), -1)
-    bits = np.dtype(f"u{dtype.itemsize}")  # which NumPy copies several times as fast as bfloat16
+    bits = np.dtype(f"u{dtype.itemsize}")  # which NumPy copies faster than bfloat16
     if tensor.dtype == dtype:
         tensor, dtype = tensor.view(bits), bits
     width, first = tensor.shape[1], 0

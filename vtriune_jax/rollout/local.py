@@ -182,7 +182,7 @@ def sample(
 
     def unfinished(room: int, carry: Carry) -> Array:
         t, _, drawn = carry
-        return (t < most) & (t <= room) & ~drawn.stopped.all()
+        return (t < min(most, room + 1)) & ~drawn.stopped.all()
 
     def step(carry: Carry) -> Carry:
         t, own, drawn = carry
