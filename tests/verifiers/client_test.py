@@ -242,7 +242,7 @@ def test_the_token_of_the_environment_is_sent(scripted, math_item, monkeypatch):
 def test_a_batch_is_cut_by_number_and_by_size(scripted, math_item):
     with VerifierClient([scripted.address], batch=2) as client:
         assert client.score([math_item("42")] * 5) == [GOOD] * 5
-        assert [len(items) for items in scripted.asked] == [2, 2, 1]
+        assert sorted(len(items) for items in scripted.asked) == [1, 2, 2]
         assert client.score([math_item("1" * 3 * 2**20)] * 2) == [GOOD] * 2
         assert [len(items) for items in scripted.asked[3:]] == [1, 1]
 
@@ -251,9 +251,8 @@ def test_what_comes_at_about_the_same_time_shares_a_request(scripted, math_item)
     with VerifierClient([scripted.address], linger=0.2, batch=6) as client:
         futures = [client.submit([math_item(str(k))] * 2) for k in range(4)]
         assert [future.result() for future in futures] == [[GOOD] * 2] * 4
-    assert [len(items) for items in scripted.asked] == [6, 2]
-    order = [item.completion for items in scripted.asked for item in items]
-    assert order == sorted(order)
+    asked = sorted([item.completion for item in items] for items in scripted.asked)
+    assert asked == [["0", "0", "1", "1", "2", "2"], ["3", "3"]]
 
 
 def test_the_work_is_shared_by_all_servers(scripted, second, math_item):
