@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.rollout.fake_sglang import FakeServer
-from tests.rollout.rig import PROMPTS, SAMPLING, check, engine, wait_for
+from tests.rollout.rig import PROMPTS, SAMPLING, check, engine, pictures_of, wait_for
 from vtriune_jax.errors import UserError
 from vtriune_jax.rollout.fleet import Fleet
 
@@ -148,3 +148,19 @@ def test_a_load_is_never_above_a_servers_capacity(made_up_folders, oracle):
     with FakeServer(**flags) as server, engine(server) as (made, _):
         check(made.submit(PROMPTS * 3, SAMPLING).result().groups, PROMPTS * 3, oracle)
         assert 4 <= server.seen()["most"] <= 7
+
+
+def test_pictures_are_read_when_a_server_takes_their_prompt(made_up_folders, oracle):
+    """Not before: those of a long queue would fill the memory."""
+    prompts, read = PROMPTS[-1:] * 6, []
+
+    def pictures(prompt):
+        read.append(prompt)
+        return pictures_of(prompt)
+
+    flags = {"model_path": made_up_folders[0], "capacity": SAMPLING.n}
+    with FakeServer(**flags) as server, engine(server, pictures=pictures) as (made, _):
+        rollout = made.submit(prompts, SAMPLING, needed=2).result()
+        check(rollout.groups, prompts[:2], oracle)
+        assert len(rollout.begun) == 4
+        assert 2 <= len(read) <= 3

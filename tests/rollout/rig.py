@@ -20,8 +20,12 @@ PROMPTS = [
 ]
 
 
+def pictures_of(prompt):
+    return prompt.sample.images
+
+
 @contextlib.contextmanager
-def engine(*servers, deadline=20.0, addresses=None, **settings):
+def engine(*servers, deadline=20.0, addresses=None, pictures=pictures_of, **settings):
     quick = {"patience": 0.3, "health_timeout": 1.5, "backoff": 0.05, "reread": 0.1}
     addresses = addresses or [server.address for server in servers]
     with Fleet(addresses, **(quick | settings)) as fleet:
@@ -31,7 +35,7 @@ def engine(*servers, deadline=20.0, addresses=None, **settings):
             banned_ids=BANNED,
             image_id=PAD,
             decode_text=lambda ids: " ".join(map(str, ids)),
-            pictures=lambda prompt: prompt.sample.images,
+            pictures=pictures,
             deadline=deadline,
             backoff=0.02,
         )

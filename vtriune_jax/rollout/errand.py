@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -97,9 +97,13 @@ class Errand:
         """What there is now, with the texts."""
         return Group(self.prompt, tuple(self._with_text(drawn) for drawn in self._drawn))
 
-    async def run(self, prompt: WirePrompt) -> None:
-        """Until nothing is open, or `stop`. Raises UserError for what no server will do."""
-        failed, failures = "", 0
+    async def run(self, convert: Callable[[], Awaitable[WirePrompt]]) -> None:
+        """Until nothing is open, or `stop`. Raises UserError for what no server will do.
+
+        `convert` is awaited when a server takes the prompt, as its images should not be in memory
+        for longer.
+        """
+        prompt, failed, failures = None, "", 0
         for attempt in itertools.count():
             wanted = self.open
             if not wanted or self._stopping:
@@ -109,6 +113,7 @@ class Errand:
             self._tally.requests += 1
             self._held = len(wanted)
             try:
+                prompt = prompt or await convert()
                 await self._request(chosen, prompt, wanted, f"{self._name}-{attempt}")
                 failures = 0
             except Refused as error:

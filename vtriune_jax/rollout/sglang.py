@@ -26,7 +26,7 @@ from vtriune_jax.rollout.choice import Sampling
 from vtriune_jax.rollout.errand import Errand, Manner
 from vtriune_jax.rollout.fleet import Fleet
 from vtriune_jax.rollout.tally import Tally
-from vtriune_jax.rollout.wire import check_sampling, wire_prompt
+from vtriune_jax.rollout.wire import WirePrompt, check_sampling, wire_prompt
 from vtriune_jax.types import Group, Prompt
 
 
@@ -132,7 +132,10 @@ class SGLangEngine:
 
     async def _rollout(self, errands: Sequence[Errand], needed: int) -> Rollout:
         complete: list[Errand] = []
-        tasks = {asyncio.create_task(self._run(errand)): errand for errand in errands}
+        tasks = {
+            asyncio.create_task(errand.run(partial(self._wire_prompt, errand.prompt))): errand
+            for errand in errands
+        }
         self._tally.pending += len(tasks)
         ended: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue()
         for task in tasks:
@@ -167,10 +170,9 @@ class SGLangEngine:
             begun=tuple(errand.group() for errand in left),
         )
 
-    async def _run(self, errand: Errand) -> None:
-        convert = partial(wire_prompt, errand.prompt, self._image_id, self._pictures)
-        has_images = len(errand.prompt.grid_thw) > 0
-        await errand.run(await asyncio.to_thread(convert) if has_images else convert())
+    async def _wire_prompt(self, prompt: Prompt) -> WirePrompt:
+        convert = partial(wire_prompt, prompt, self._image_id, self._pictures)
+        return await asyncio.to_thread(convert) if len(prompt.grid_thw) else convert()
 
     def _too_late(self, left: Sequence[Errand], count: int) -> UserError:
         sample = left[0].prompt.sample
