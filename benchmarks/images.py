@@ -3,12 +3,13 @@
     python benchmarks/images.py                        # drawn pictures
     python benchmarks/images.py --folder=/path/to/pictures --limit=64
 
-Both go from encoded bytes to patches, one picture a call, in turns: a round of theirs, a round of
-ours, and the medians over the rounds are compared. The patches of a round are kept to its end, as
-a loop keeps those of a step, so that both pay for fresh memory. With more threads a picture is
-still one call; the threads take them from a queue. `cpu` is processor time of the whole process,
+Both go from encoded bytes to what the vision tower takes, one picture a call, in turns: a round of
+theirs, a round of ours, and the medians over the rounds are compared. Theirs are normalised floats;
+ours are pixels, as our tower normalises them on the device. The patches of a round are kept to its
+end, as a loop keeps those of a step, so that both pay for fresh memory. With more threads a picture
+is still one call; the threads take them from a queue. `cpu` is processor time of the whole process,
 all threads; the ratio of it is the steadier one where other programs run. `diff` is the largest
-difference of any patch value.
+difference of any patch value once normalised.
 
 Measured figures are in docs/benchmarks.md. Both pay for decoding and for Pillow's resize, which
 bounds the ratio.
@@ -35,6 +36,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vtriune_jax.data import images
+from vtriune_jax.models.vision import normalise
 
 SIZES = ((1000, 750), (640, 480), (512, 512), (1600, 1200), (300, 200), (1008, 756))
 """Width and height of the drawn pictures; the first are those of the peers' benchmark."""
@@ -71,7 +73,7 @@ def main() -> None:
         flush=True,
     )
     for name, blobs in pictures(args.folder, args.limit):
-        worst = max(float(np.abs(theirs(blob) - ours(blob)).max()) for blob in blobs[:8])
+        worst = max(float(abs(theirs(blob) - normalise(ours(blob))).max()) for blob in blobs[:8])
         for threads in sorted({1, os.cpu_count() or 1}):
             (wall, cpu), (our_wall, our_cpu) = compare((theirs, ours), blobs, threads, args.rounds)
             print(

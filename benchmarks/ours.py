@@ -221,7 +221,7 @@ def whole_step(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
 
 
 def preprocess(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
-    """Encoded JPEGs → patches, one after the other, as the peer's `e2e`."""
+    """Encoded JPEGs → patches as our tower takes them, one after the other: the peer's `e2e`."""
     from PIL import Image
 
     settings = SimpleNamespace(

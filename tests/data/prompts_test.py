@@ -9,7 +9,9 @@ from PIL import Image
 from tests.data.conftest import make_sample, png
 from vtriune_jax.data import digits, prompts
 from vtriune_jax.data.prompts import Prompter
+from vtriune_jax.data.tokenizer import load_processor
 from vtriune_jax.errors import UserError
+from vtriune_jax.models.vision import normalise
 from vtriune_jax.types import Message
 
 
@@ -72,6 +74,7 @@ def test_each_image_token_finds_the_patches_of_its_unit(processor, prompter, mod
     units = np.asarray(prompt.vision.patches).reshape(-1, 4, 1176)
     expected = processed(processor, prompter, sample)["pixel_values"].reshape(-1, 4, 1176)
     found = units[prompt.image_index[is_image]]
+    found = normalise(found.reshape(-1, 1176)).reshape(expected.shape)
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
@@ -161,3 +164,12 @@ def test_tokenizer_of_another_checkpoint(processor, model_config):
     other = dataclasses.replace(model_config, image_token_id=5)
     with pytest.raises(UserError, match=r"<\|image_pad\|> is \d+, the model's is 5"):
         Prompter(processor, other)
+
+
+def test_a_processor_that_normalises_otherwise(model_config, processor_folder):
+    settings = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5], "rescale_factor": 1.0}
+    for name, value in settings.items():
+        other = load_processor(processor_folder)
+        setattr(other.image_processor, name, value)
+        with pytest.raises(UserError, match=rf"image processor's {name} is .* Qwen2.5-VL's"):
+            Prompter(other, model_config)

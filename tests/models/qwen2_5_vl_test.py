@@ -12,6 +12,7 @@ import pytest
 from vtriune_jax import models
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import layout, vision, weights
+from vtriune_jax.models.config import PIXEL_MEAN, PIXEL_STD
 
 GRIDS = np.array([[1, 4, 6], [1, 2, 2]])
 
@@ -42,6 +43,19 @@ def run(model, rows, vision):
 def hidden_states(graphdef, params, vision, ids, positions, segments, image_index):
     model = models.merge(graphdef, params)
     return model(ids, positions, segments, model.encode(vision), image_index)
+
+
+def test_pixels_are_normalised_on_the_device(model, inputs):
+    graphdef, params = models.split(model)
+    shape = inputs["vision"].patches.shape
+    pixels = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    channels = pixels.reshape(*shape[:-1], 3, -1) / 255
+    mean, std = (np.array(v)[:, None] for v in (PIXEL_MEAN, PIXEL_STD))
+    floats = ((channels - mean) / std).reshape(shape).astype(np.float32)
+    raw, normalised = (replace(inputs["vision"], patches=p) for p in (pixels, floats))
+    features = models.encode(graphdef, params, raw)
+    expected = models.encode(graphdef, params, normalised)
+    np.testing.assert_allclose(features, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_packing_and_padding_change_nothing(model, inputs):

@@ -116,7 +116,11 @@ def abstract_batch(
         return jax.ShapeDtypeStruct(shape, dtype)
 
     images: dict[str, Any] = {
-        "vision": Vision(floats(*patches, vision.patch), ints(*patches, 2), ints(*patches))
+        "vision": Vision(
+            jax.ShapeDtypeStruct((*patches, vision.patch), jnp.uint8),
+            ints(*patches, 2),
+            ints(*patches),
+        )
     }
     if vision_frozen:
         units = keys.windows * vision.slots // vision.unit_patches

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtriune_jax.data import prompts, schema
 from vtriune_jax.errors import UserError
+from vtriune_jax.models.config import PIXEL_MEAN, PIXEL_STD
 
 if TYPE_CHECKING:
     from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
@@ -91,8 +92,8 @@ _IMAGE_PROCESSOR = {
     "patch_size": 14,
     "temporal_patch_size": 2,
     "merge_size": 2,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "image_mean": PIXEL_MEAN,
+    "image_std": PIXEL_STD,
 }
 
 

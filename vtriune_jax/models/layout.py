@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 from vtriune_jax.errors import UserError
 from vtriune_jax.models.config import ModelConfig
@@ -78,7 +78,7 @@ def window_layout(grid_thw: Int[np.ndarray, "images 3"], config: ModelConfig) ->
 
 
 def pack_vision(
-    patches: Float[np.ndarray, "patches patch"],
+    patches: UInt8[np.ndarray, "patches patch"] | Float[np.ndarray, "patches patch"],
     grid_thw: Int[np.ndarray, "images 3"],
     config: ModelConfig,
     windows: int | None = None,
@@ -102,15 +102,15 @@ def pack_vision(
         )
     places = windows * config.vision.slots
 
-    def spread(values: np.ndarray, width: int, dtype: type) -> np.ndarray:
-        out = np.zeros((places, width), dtype)
+    def spread(values: np.ndarray, width: int) -> np.ndarray:
+        out = np.zeros((places, width), values.dtype)
         out[layout.order] = values.reshape(-1, width)
         return out.reshape(windows, config.vision.slots, width)
 
     vision = Vision(
-        patches=spread(np.asarray(patches), config.vision.patch, np.float32),
-        positions=spread(layout.positions, 2, np.int32),
-        segments=spread(layout.segments, 1, np.int32)[..., 0],
+        patches=spread(patches, config.vision.patch),
+        positions=spread(layout.positions, 2),
+        segments=spread(layout.segments, 1)[..., 0],
     )
     return vision, layout.unit_index
 

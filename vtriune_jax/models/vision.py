@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from vtriune_jax.models.attention import attention
-from vtriune_jax.models.config import VisionConfig
+from vtriune_jax.models.config import PIXEL_MEAN, PIXEL_STD, VisionConfig
 from vtriune_jax.models.layers import (
     Linear,
     RMSNorm,
@@ -31,6 +32,18 @@ from vtriune_jax.models.layers import (
 from vtriune_jax.types import Vision
 
 NORM_EPS = 1e-6
+
+
+def normalise(
+    patches: UInt8[Array, "*rows patch"] | Float[Array, "*rows patch"],
+) -> Float[Array, "*rows patch"]:
+    """(pixel / 255 - mean) / std, channel by channel, in float32; floats have been normalised."""
+    if patches.dtype != jnp.uint8:
+        return patches
+    mean, std = (
+        np.repeat(values, patches.shape[-1] // len(values)) for values in (PIXEL_MEAN, PIXEL_STD)
+    )
+    return patches * np.float32(1 / (255 * std)) - np.float32(mean / std)
 
 
 def attention_runs(config: VisionConfig) -> tuple[int, tuple[tuple[bool, int], ...]]:
@@ -130,7 +143,7 @@ class VisionTower(nnx.Module):
         rows, windows, slots = vision.segments.shape
         if windows == 0:
             return jnp.zeros((rows, 0, self.config.out), self.dtype)
-        x = self.patch_embed(jnp.asarray(vision.patches, self.dtype))
+        x = self.patch_embed(normalise(jnp.asarray(vision.patches)).astype(self.dtype))
         angles = vision_angles(jnp.asarray(vision.positions), self.config)
         segments = jnp.asarray(vision.segments)
         repeats, runs = attention_runs(self.config)
