@@ -1,4 +1,4 @@
-"""The house rules that can be read off the source: import direction, sizes, broad excepts."""
+"""The house rules that can be read off the source: imports, sizes, broad excepts, patterns."""
 
 import ast
 import re
@@ -118,6 +118,13 @@ def test_no_star_imports_and_no_broad_excepts(path):
     allowed = int(str(path.relative_to(ROOT)) in BROAD_EXCEPT)
     broad = [node.lineno for node in ast.walk(tree) if is_broad(node)]
     assert len(broad) <= allowed, f"lines {broad}: name the exceptions that are expected"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_no_groups_are_repeated_possessively(path):
+    """Before 3.11.5 Python then finds no match (gh-106052); atomic groups are right."""
+    found = re.findall(r"\)(?:[*+?]|\{[0-9,]+\})\+", path.read_text())
+    assert not found, "write (?>(?:…)*) instead of (?:…)*+"
 
 
 def is_broad(node: ast.AST) -> bool:

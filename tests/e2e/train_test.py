@@ -20,10 +20,10 @@ BOX_SOURCES = ["digits_detection", "digits_grounding"]
 
 @pytest.fixture(scope="module")
 def run(warm, data, tmp_path_factory):
-    """The workdir of three steps of GRPO, each with two updates."""
+    """Three steps of GRPO, each with eight updates, as in V-Triune's off-policy setting."""
     workdir = tmp_path_factory.mktemp("train") / "run"
     keys = {"stages": "grpo", "model_path": warm / "final"}
-    assert main(arguments(workdir, grpo_minibatches=2, **keys, **data)) == 0
+    assert main(arguments(workdir, grpo_minibatches=8, **keys, **data)) == 0
     return workdir
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from vtriune_jax.verifiers.answers import final_answer, normalized, parts, true_answers
 
-_LETTERS = re.compile(r"\W*([a-z]\)?(?:(?:\s*[,;&/]\s*|\s+and\s+|\s+)\(?[a-z]\)?)*+)\W*", re.I)
+_LETTERS = re.compile(r"\W*([a-z]\)?(?>(?:(?:\s*[,;&/]\s*|\s+and\s+|\s+)\(?[a-z]\)?)*))\W*", re.I)
 _LEADING = re.compile(r"\W*([a-z])\s*[.):](?:\s|$)", re.I)
 _STATED = re.compile(r"\b(?:answer|option|choice)(?:\s+is|\s*:)?\s*\W{0,3}([a-z])\b", re.I)
 

@@ -27,11 +27,12 @@ _NUMBERS = {int, float}
 """bool is none."""
 
 # JSON, or what Python prints. In single quotes an apostrophe ends the string only where a string
-# may end, so that 'dog's bowl' is read as meant. Possessive throughout: nothing is tried twice.
+# may end, so that 'dog's bowl' is read as meant. Atomic throughout: nothing is tried twice.
+# (Of groups, Python's possessive repetition fails before 3.11.5, its atomic groups work.)
 _TOKEN = re.compile(
     r"""\s*+(?:
-      (?P<double>"(?:[^"\\]++|\\.)*+")
-    | '(?P<single>(?:[^'\\]++|\\.|'(?!\s*+(?:[,:}\]]|\Z)))*+)'
+      (?P<double>"(?>(?:[^"\\]++|\\.)*)")
+    | '(?P<single>(?>(?:[^'\\]++|\\.|'(?!\s*+(?:[,:}\]]|\Z)))*))'
     | (?P<plain>[\[\]{},:] | -?[0-9][-+.0-9eE]*+ | (?:true|false|null|True|False|None)\b)
     )\s*+""",
     re.VERBOSE | re.DOTALL,
