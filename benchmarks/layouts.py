@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vtriune_jax import models, sharding
+from vtriune_jax.commands import tell_compilers
 from vtriune_jax.data.packing import pack
 from vtriune_jax.data.rows import KINDS, Slots, choose, needs
 from vtriune_jax.models import ModelConfig, TextConfig, VisionConfig
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    tell_compilers()
     config = model_config(args)
     slots = Slots(args.prompt, args.completion, windows=1, pad_id=0)
     groups = draw(args, config)

@@ -56,7 +56,7 @@ def measured(devices: int) -> dict[str, float]:
     """The figures of a process of its own."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_NUM_CPU_DEVICES": str(devices),
     }
     command = [sys.executable, __file__, *sys.argv[1:], f"--measure={devices}"]
     done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)

@@ -34,6 +34,7 @@ import numpy as np
 from sampler import engine_of
 
 from vtriune_jax import models, sharding
+from vtriune_jax.commands import tell_compilers
 from vtriune_jax.data import images
 from vtriune_jax.data.packing import pack, stack_vision
 from vtriune_jax.data.prompts import Prompter
@@ -69,6 +70,7 @@ def main() -> None:
     bench, dtype = bench_of(args.case)
     if args.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    tell_compilers()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
     metrics = bench(args, "-text" in args.case, dtype)
     metrics["peak_rss_mb"] = metrics.get("peak_rss_mb") or peak_rss_mb()

@@ -41,6 +41,7 @@ from update_work import (
 )
 
 from vtriune_jax import models, sharding
+from vtriune_jax.commands import tell_compilers
 from vtriune_jax.data import digits
 from vtriune_jax.data.packing import stack_vision
 from vtriune_jax.data.prompts import Prompter
@@ -62,6 +63,7 @@ NO_REWARD = RewardConfig("mathverify", "")
 
 
 def main(what: str, folder: Path, *preset: str) -> None:
+    tell_compilers()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
     if what == "prepare":
         prepare(folder, *preset)

@@ -168,7 +168,7 @@ print("ok", len(restored.params["w"].addressable_shards))
 
 
 def test_restores_onto_the_shardings_asked_for(tmp_path):
-    done = run_python(SHARDED, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    done = run_python(SHARDED, tmp_path, JAX_NUM_CPU_DEVICES="8")
     assert done.stdout == "ok 8\n", done.stderr
 
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from vtriune_jax import commands
 from vtriune_jax import config as configs
-from vtriune_jax.commands import TPU_FLAGS, tell_tpu_compiler
 from vtriune_jax.compile import main
 
 QUICKSTART = str(configs.REPOSITORY / "configs" / "quickstart.py")
@@ -117,13 +117,25 @@ def test_mistakes_are_told_in_one_line(words, message, capsys, monkeypatch):
     assert message in err
 
 
-def test_the_tpu_compiler_gets_our_flags_unless_there_are_others(monkeypatch):
+def test_the_compilers_get_our_flags_unless_there_are_others(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"XLA_FLAGS": "--other"})
+    monkeypatch.setattr(commands, "version", lambda name: "0.11.0")
+    for _ in range(2):
+        commands.tell_compilers()
+        assert os.environ["LIBTPU_INIT_ARGS"] == commands.TPU_FLAGS
+        assert os.environ["XLA_FLAGS"] == f"--other {commands.CPU_FLAG}"
+    mine = {"LIBTPU_INIT_ARGS": "--mine", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=true"}
+    monkeypatch.setattr(os, "environ", dict(mine))
+    commands.tell_compilers()
+    assert os.environ == mine
+
+
+def test_a_jaxlib_that_does_not_know_the_flag_is_not_told(monkeypatch):
+    """It would end the process."""
     monkeypatch.setattr(os, "environ", {})
-    tell_tpu_compiler()
-    assert os.environ == {"LIBTPU_INIT_ARGS": TPU_FLAGS}
-    os.environ["LIBTPU_INIT_ARGS"] = "--mine"
-    tell_tpu_compiler()
-    assert os.environ == {"LIBTPU_INIT_ARGS": "--mine"}
+    monkeypatch.setattr(commands, "version", lambda name: "0.12.0.1")
+    commands.tell_compilers()
+    assert "XLA_FLAGS" not in os.environ
 
 
 needs_tpu_compiler = pytest.mark.skipif(

@@ -6,6 +6,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from vtriune_jax.commands import tell_compilers
+
 MEMORY = 3 * 2**30
 """What a process of tests may keep from one file to the next."""
 CACHE = Path(__file__).parents[1] / ".cache" / "tests"
@@ -15,6 +17,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # they take longer than they save
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+tell_compilers()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ FLAGS = f"--config={CONFIG}"
 @pytest.mark.parametrize(("count", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_several_processes_meet(count, devices, tmp_path):
     port = str(free_port())
-    variables = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    variables = environment(JAX_NUM_CPU_DEVICES=str(devices))
     command = [sys.executable, "-m", "tests.meeting", port, str(count)]
     processes = [
         subprocess.Popen(

@@ -34,7 +34,7 @@ from typing import Any
 from absl import flags
 
 from vtriune_jax import config as configs
-from vtriune_jax.commands import fill, tell_tpu_compiler
+from vtriune_jax.commands import fill, tell_compilers
 from vtriune_jax.errors import UserError
 from vtriune_jax.main import split_overrides
 
@@ -74,7 +74,7 @@ def run(name: str, config: Any, topology: str, num_slices: int = 1) -> Any:
     """The `aot.estimate.Estimate` of a checked config; before JAX has looked for devices."""
     from vtriune_jax.aot import topology as topologies
 
-    tell_tpu_compiler()
+    tell_compilers()
     topologies.prepare(topology)
     from vtriune_jax import sharding
     from vtriune_jax.aot.estimate import estimate

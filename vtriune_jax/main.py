@@ -32,7 +32,7 @@ from typing import Any
 from absl import flags
 
 from vtriune_jax import config as configs
-from vtriune_jax.commands import fill, tell_tpu_compiler
+from vtriune_jax.commands import fill, tell_compilers
 from vtriune_jax.errors import UserError
 
 
@@ -118,7 +118,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[st
 def train(options: flags.FlagValues, overrides: Sequence[tuple[str, str]]) -> None:
     """Checks the config, prepares JAX and the workdir, trains. Heavy imports wait for the check."""
     config = configs.load(options.config, overrides)
-    tell_tpu_compiler()
+    tell_compilers()
     import jax
 
     from vtriune_jax import hosts

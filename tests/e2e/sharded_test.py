@@ -36,7 +36,7 @@ def eight(warm, data, tmp_path_factory):
     bad = arguments(workdir.with_name("bad"), **{**keys, "sft_prompts": 6})
     ended = subprocess.run(
         [sys.executable, "-c", TWO_RUNS, *bad, "--", *arguments(workdir, **keys)],
-        env=environment(XLA_FLAGS="--xla_force_host_platform_device_count=8"),
+        env=environment(JAX_NUM_CPU_DEVICES="8"),
         capture_output=True,
         text=True,
         check=False,

@@ -1,6 +1,6 @@
 """What the partitioner makes of the update on eight devices; run by sharded_program_test.py.
 
-XLA_FLAGS=--xla_force_host_platform_device_count=8 PYTHONPATH=. python sharded_program.py
+JAX_NUM_CPU_DEVICES=8 PYTHONPATH=. python sharded_program.py
 """
 
 import json

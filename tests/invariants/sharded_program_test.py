@@ -18,7 +18,7 @@ def report():
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         "JAX_ENABLE_COMPILATION_CACHE": "0",  # what is read from it is not partitioned again
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_NUM_CPU_DEVICES": "8",
         "PYTHONPATH": str(HERE.parents[1]),
     }
     done = subprocess.run(

@@ -1,6 +1,6 @@
 """One update in many layouts on eight devices; run by update_layouts_test.py, prints JSON.
 
-XLA_FLAGS=--xla_force_host_platform_device_count=8 PYTHONPATH=. python update_layouts.py few|all
+JAX_NUM_CPU_DEVICES=8 PYTHONPATH=. python update_layouts.py few|all
 """
 
 import json

@@ -19,7 +19,7 @@ def printed(request):
     which, count = request.param
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_NUM_CPU_DEVICES": "8",
         "PYTHONPATH": str(HERE.parents[1]),
     }
     done = subprocess.run(

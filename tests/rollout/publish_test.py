@@ -285,7 +285,7 @@ def test_sharded_parameters_of_one_host_or_two(processes, checkpoint, model, tmp
         port = free.getsockname()[1]
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
+        "JAX_NUM_CPU_DEVICES": str(8 // processes),
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-m", "tests.rollout.publish_hosts", str(processes)]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vtriune_jax import models, sharding
@@ -109,17 +108,15 @@ def abstract_batch(
     images_shape = (count, rows.n if packed else 1, keys.windows)
     patches = (*images_shape, vision.slots)
 
-    def ints(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
+    def ints(*shape: int, dtype: str = "int32") -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
 
     def floats(*shape: int, dtype: str = "float32") -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     images: dict[str, Any] = {
         "vision": Vision(
-            jax.ShapeDtypeStruct((*patches, vision.patch), jnp.uint8),
-            ints(*patches, 2),
-            ints(*patches),
+            ints(*patches, vision.patch, dtype="uint8"), ints(*patches, 2), ints(*patches)
         )
     }
     if vision_frozen:
