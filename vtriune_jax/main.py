@@ -182,6 +182,4 @@ def _fail(text: str, status: int = 2) -> int:
 
 
 if __name__ == "__main__":
-    # Where torch is installed transformers and tensorboardX would load it: seconds, and 200 MB.
-    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
     sys.exit(main(sys.argv[1:]))

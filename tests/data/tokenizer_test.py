@@ -145,6 +145,7 @@ assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert not done.stderr  # nor does any library complain
 
 
 def test_texts_cover_every_task():
