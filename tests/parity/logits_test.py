@@ -5,6 +5,7 @@ import pytest
 
 from vtriune_jax import models
 from vtriune_jax.models import layout
+from vtriune_jax.models.config import PIXEL_MEAN, PIXEL_STD
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -23,6 +24,17 @@ def test_batch(oracle, padding):
 def test_one_row(talkative, images):
     """Unpadded, text without the image keys."""
     assert_same_logits(talkative, talkative.inputs([images]))
+
+
+def test_pixels_that_are_not_normalised(oracle):
+    inputs = oracle.inputs(BATCH[:1])
+    shape = inputs["pixel_values"].shape
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    mean, std = (np.array(values)[:, None] for values in (PIXEL_MEAN, PIXEL_STD))
+    channels = (pixels.reshape(len(pixels), 3, -1) / 255 - mean) / std
+    expected = oracle.logits(inputs | {"pixel_values": channels.reshape(shape).astype(np.float32)})
+    got = models.forward(oracle.model, inputs | {"pixel_values": pixels})
+    np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
 
 
 def assert_same_logits(oracle, inputs):

@@ -18,6 +18,7 @@ from vtriune_jax.models import layout
 from vtriune_jax.models.config import ModelConfig
 from vtriune_jax.models.core import merge, split
 from vtriune_jax.models.qwen2_5_vl import Qwen2_5_VL
+from vtriune_jax.models.vision import normalise
 from vtriune_jax.types import Vision
 
 
@@ -34,8 +35,8 @@ def forward(model: Qwen2_5_VL, inputs: Mapping[str, Any]) -> Float[Array, "batch
 
     `inputs` holds `input_ids` and, where needed, `attention_mask` (padding on either side),
     `pixel_values` and `image_grid_thw`, `pixel_values_videos`, `video_grid_thw` and
-    `second_per_grid_ts`; logits in the padding mean nothing. Raises UserError when image or video
-    tokens do not match images or videos.
+    `second_per_grid_ts`; logits in the padding mean nothing. Pixels may also be what `data.images`
+    returns. Raises UserError when image or video tokens do not match images or videos.
     """
     config = model.config
     ids = np.asarray(inputs["input_ids"], np.int32)
@@ -79,7 +80,7 @@ def _media(
     video = kind == "video"
     grids = np.asarray(inputs.get(f"{kind}_grid_thw", ()), np.int64).reshape(-1, 3)
     patches = np.asarray(inputs.get("pixel_values_videos" if video else "pixel_values", ()))
-    patches = patches.astype(np.float32).reshape(-1, config.vision.patch)
+    patches = np.asarray(normalise(jnp.asarray(patches))).reshape(-1, config.vision.patch)
     tokens = (ids == (config.video_token_id if video else config.image_token_id)).sum()
     units = grids.prod(axis=1).sum() // config.vision.unit_patches
     if tokens != units:
