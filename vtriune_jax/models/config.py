@@ -11,10 +11,10 @@ from vtriune_jax.errors import UserError
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 REMAT = ("none", "dots", "attention", "full")
+ATTENTION = ("auto", "xla", "splash", "triton", "cudnn")
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 """Of the channels, for pixels from 0 to 1: what every Qwen2.5-VL was trained with."""
-ATTENTION = ("auto", "xla", "splash", "triton", "cudnn")
 
 
 @dataclass(frozen=True)
