@@ -11,8 +11,7 @@ is still one call; the threads take them from a queue. `cpu` is processor time o
 all threads; the ratio of it is the steadier one where other programs run. `diff` is the largest
 difference of any patch value once normalised.
 
-Measured figures are in docs/benchmarks.md. Both pay for decoding and for Pillow's resize, which
-bounds the ratio.
+Measured figures are in docs/benchmarks.md.
 """
 
 from __future__ import annotations

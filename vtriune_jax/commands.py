@@ -14,8 +14,8 @@ TPU_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 """For the TPU's compiler: gather a matrix, then multiply. By itself it multiplies with a part at a
 time and adds up in memory, for large ones: three times the memory traffic of orsta_3b's update."""
 CPU_FLAG = "--xla_cpu_use_fusion_emitters=false"
-"""For the CPU's compiler: its older generator of code takes half the time and memory, and what it
-makes is as fast."""
+"""For the CPU's compiler: its older generator of code takes about half the memory, and less time
+(docs/benchmarks.md)."""
 _WITHOUT_CPU_FLAG = (0, 12)
 """The first jaxlib that does not know it, and would end the process."""
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Num
 
 # ---------------------------------------------------------------------------------------- data
 
@@ -70,8 +70,8 @@ class Vision:
     counts the image frames of the row from 1. Slots of one unit (2×2 patches) are neighbours.
     """
 
-    patches: UInt8[Array, "*rows windows slots patch"] | Float[Array, "…"] | np.ndarray
-    """Pixels, which the vision tower normalises; or floats, which are normalised already."""
+    patches: Num[Array, "*rows windows slots patch"] | np.ndarray
+    """Bytes of pixels, which the vision tower normalises, or floats that are normalised already."""
     positions: Int[Array, "*rows windows slots 2"] | np.ndarray
     """(row, column) of each patch in its image, for the rotary embedding."""
     segments: Int[Array, "*rows windows slots"] | np.ndarray

@@ -82,10 +82,9 @@ def patches(
 
 def check_normalisation(processor: Any) -> None:
     """Raises UserError if the settings would not normalise pixels as the vision tower does."""
-    settings = (processor.image_mean, processor.image_std, processor.rescale_factor)
-    wanted = (PIXEL_MEAN, PIXEL_STD, 1 / 255)
-    names = ("image_mean", "image_std", "rescale_factor")
-    for name, found, expected in zip(names, settings, wanted, strict=True):
+    wanted = {"image_mean": PIXEL_MEAN, "image_std": PIXEL_STD, "rescale_factor": 1 / 255}
+    for name, expected in wanted.items():
+        found = getattr(processor, name)
         if np.shape(found) != np.shape(expected) or not np.allclose(found, expected, rtol=1e-5):
             raise UserError(
                 f"the image processor's {name} is {found}, Qwen2.5-VL's {expected}; take the "

@@ -80,7 +80,7 @@ def _media(
     video = kind == "video"
     grids = np.asarray(inputs.get(f"{kind}_grid_thw", ()), np.int64).reshape(-1, 3)
     patches = np.asarray(inputs.get("pixel_values_videos" if video else "pixel_values", ()))
-    patches = np.asarray(normalise(jnp.asarray(patches))).reshape(-1, config.vision.patch)
+    patches = normalise(patches).astype(np.float32).reshape(-1, config.vision.patch)
     tokens = (ids == (config.video_token_id if video else config.image_token_id)).sum()
     units = grids.prod(axis=1).sum() // config.vision.unit_patches
     if tokens != units:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, Num
 
 from vtriune_jax.errors import UserError
 from vtriune_jax.models.config import ModelConfig
@@ -78,7 +78,7 @@ def window_layout(grid_thw: Int[np.ndarray, "images 3"], config: ModelConfig) ->
 
 
 def pack_vision(
-    patches: UInt8[np.ndarray, "patches patch"] | Float[np.ndarray, "patches patch"],
+    patches: Num[np.ndarray, "patches patch"],
     grid_thw: Int[np.ndarray, "images 3"],
     config: ModelConfig,
     windows: int | None = None,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from vtriune_jax.models.attention import attention
 from vtriune_jax.models.config import PIXEL_MEAN, PIXEL_STD, VisionConfig
@@ -34,11 +34,12 @@ from vtriune_jax.types import Vision
 NORM_EPS = 1e-6
 
 
-def normalise(
-    patches: UInt8[Array, "*rows patch"] | Float[Array, "*rows patch"],
-) -> Float[Array, "*rows patch"]:
-    """(pixel / 255 - mean) / std, channel by channel, in float32; floats have been normalised."""
-    if patches.dtype != jnp.uint8:
+def normalise(patches: Any) -> Any:
+    """(pixel / 255 - mean) / std of bytes [*rows, patch], channel by channel, in float32.
+
+    Of NumPy or JAX, as the result is; floats stay as they are, normalised already.
+    """
+    if patches.dtype != np.uint8:
         return patches
     mean, std = (
         np.repeat(values, patches.shape[-1] // len(values)) for values in (PIXEL_MEAN, PIXEL_STD)
