@@ -74,8 +74,7 @@ def prepare(name: str) -> None:
     if name != "local":
         jax.config.update("jax_platforms", "cpu")
     if found := re.fullmatch(r"cpu:(\d+)", name):
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={found[1]}"
+        jax.config.update("jax_num_cpu_devices", int(found[1]))
     elif name != "local":
         # The compiler needs no TPU: it must not look for one, nor for metadata of a machine.
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"
