@@ -16,7 +16,7 @@ time and adds up in memory, for large ones: three times the memory traffic of or
 CPU_FLAG = "--xla_cpu_use_fusion_emitters=false"
 """For the CPU's compiler: its older generator of code takes about half the memory, and less time
 (docs/benchmarks.md)."""
-_WITHOUT_CPU_FLAG = (0, 12)
+_WITHOUT_CPU_FLAG = (0, 11, 1)
 """The first jaxlib that does not know it, and would end the process."""
 
 
@@ -28,7 +28,7 @@ def tell_compilers() -> None:
     """
     os.environ.setdefault("LIBTPU_INIT_ARGS", TPU_FLAGS)
     given = os.environ.get("XLA_FLAGS", "")
-    here = tuple(map(int, version("jaxlib").split(".")[:2]))
+    here = tuple(map(int, version("jaxlib").split(".")[:3]))
     if here < _WITHOUT_CPU_FLAG and CPU_FLAG.partition("=")[0] not in given:
         os.environ["XLA_FLAGS"] = f"{given} {CPU_FLAG}".strip()
 
