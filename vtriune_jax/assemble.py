@@ -47,7 +47,7 @@ class Parts:
     """The checkpoint folder the run started from."""
     graphdef: nnx.GraphDef
     params: Any
-    """The parameters of that checkpoint, on the mesh."""
+    """The parameters of that checkpoint, on the mesh, until the first stage takes them."""
     prompter: Prompter
     slots: Slots
     train: tuple[tuple[Source, float], ...]

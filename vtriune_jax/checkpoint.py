@@ -98,17 +98,20 @@ class Checkpointer:
             self._check_space(state, waiting or {})
             self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, abstract_state: TrainState) -> Restored | None:
+    def restore(self, abstract_state: TrainState, *, donate: bool = False) -> Restored | None:
         """The newest readable checkpoint; None when there is none at all.
 
-        `abstract_state` gives shapes, dtypes and shardings (`jax.ShapeDtypeStruct`s or arrays). A
-        newer checkpoint that cannot be read is renamed to `unreadable-<step>-…`, with a warning.
+        `abstract_state` gives shapes, dtypes and shardings (`jax.ShapeDtypeStruct`s or arrays). With
+        `donate` its arrays give up their memory, if there is a checkpoint. A newer checkpoint that
+        cannot be read is renamed to `unreadable-<step>-…`, with a warning.
 
         Raises:
           UserError: the checkpoint is of another model or optimizer, or none can be read.
         """
         target = jax.tree.map(_abstract, abstract_state)
         steps = hosts.from_first(lambda: sorted(self._manager.all_steps(), reverse=True))
+        if steps and donate:
+            jax.tree.map(lambda array: array.delete(), abstract_state)
         faults: dict[int, Exception] = {}
         for step in steps:
             restored = None

@@ -38,9 +38,8 @@ Told = dict[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class Compiled:
-    """The state of a stage at its start, and the jitted functions of its loop."""
+    """The jitted functions of a stage's loop."""
 
-    state: TrainState
     encode: Encode
     """Images → features, for the in-process sampler and the update of a frozen tower."""
     update: Update
@@ -49,10 +48,14 @@ class Compiled:
     """Whether the update takes the features, or trains the tower on the images."""
 
 
-def compiled(stage: Stage, params: Any, parts: Parts) -> Compiled:
-    """What the loop of a stage calls, beginning at `params`: the reference too, if there is one."""
+def begin(stage: Stage, params: Any, parts: Parts) -> tuple[TrainState, Compiled]:
+    """The state of a stage at its start, and what its loop calls: the reference too, if needed.
+
+    The state takes the memory of `params`, which must not be used any more.
+    """
     tx = make_optimizer(stage.optim)
-    state = init_state(params, tx, parts.mesh, stage.freeze)
+    annotate = annotation(stage, params, parts)
+    state = init_state(params, tx, parts.mesh, stage.freeze, donate=True)
     vision_frozen = "visual" not in partition(state.params, stage.freeze)[0]
     update_once = make_update(
         parts.graphdef,
@@ -68,8 +71,6 @@ def compiled(stage: Stage, params: Any, parts: Parts) -> Compiled:
     def encode(params: Any, prompts: Sequence[Prompt]) -> Float[Array, "groups units embed"]:
         return jax.block_until_ready(parts.encode(params, prompts))
 
-    annotate = annotation(stage, params, parts)
-
     def update(state: TrainState, batch: Batch, step: int) -> tuple[TrainState, Sums]:
         minibatches = [
             annotate(state.params, sharding.shard_rows(part, parts.mesh))
@@ -81,7 +82,7 @@ def compiled(stage: Stage, params: Any, parts: Parts) -> Compiled:
             total = add_sums(total, sums) if total else sums
         return state, jax.device_get(total)
 
-    return Compiled(state, encode, update, vision_frozen)
+    return state, Compiled(encode, update, vision_frozen)
 
 
 def annotation(stage: Stage, start: Any, parts: Parts) -> Callable[[Any, Batch], Batch]:
@@ -93,7 +94,9 @@ def annotation(stage: Stage, start: Any, parts: Parts) -> Callable[[Any, Batch],
     pieces = {"micro_batches": parts.config.batch.micro_batches}
     logps = make_logps(parts.graphdef, loss, parts.mesh, **pieces)
     base_logps = make_logps(parts.graphdef, loss, parts.mesh, adapters=False, **pieces)
-    reference = parts.place(start) if loss.kl_weight and not adapted else None
+    reference = None
+    if loss.kl_weight and not adapted:
+        reference = jax.tree.map(jnp.copy, parts.place(start))
 
     def annotate(params: Any, batch: Batch) -> Batch:
         if loss.old == "recomputed":

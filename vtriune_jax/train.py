@@ -24,7 +24,7 @@ from vtriune_jax.finish import finish
 from vtriune_jax.metrics import SourceMean
 from vtriune_jax.models import lora
 from vtriune_jax.stages import Stage, plan
-from vtriune_jax.steps import Compiled, Told, advantages, compiled, lay_out
+from vtriune_jax.steps import Compiled, Told, advantages, begin, lay_out
 from vtriune_jax.timeline import Clock, Timeline
 from vtriune_jax.types import Batch, TrainState
 from vtriune_jax.waiting import first_from, from_arrays, to_arrays
@@ -60,11 +60,11 @@ def train(
 ) -> tuple[Any, float]:
     """Trains one stage to its end; returns the parameters and the seconds that it took in all.
 
-    Only the first process has a `writer`, and tells of progress.
+    `params` are used up. Only the first process has a `writer`, and tells of progress.
     """
     config = parts.config
-    do = compiled(stage, params, parts)
-    state, position, ready = do.state, START, []
+    state, do = begin(stage, params, parts)
+    position, ready = START, []
     progress = Progress(workdir, every=config.log.seconds)
     folder, index = workdir / "checkpoints" / stage.name, hosts.share().index
     with (
@@ -72,7 +72,7 @@ def train(
         feed(config.data.threads, config.data.on_bad_row) as source,
         Timeline(workdir / ("timeline.json" if writer else f"timeline{index}.json")) as timeline,
     ):
-        if restored := checkpoints.restore(kept(state)):
+        if restored := checkpoints.restore(kept(state), donate=True):
             state = replace(
                 restored.state, params=lora.put_back(state.params, restored.state.params)
             )

@@ -22,10 +22,19 @@ from vtriune_jax.types import Batch, TrainState
 
 
 def init_state(
-    params: Any, tx: optax.GradientTransformation, mesh: Mesh, freeze: Sequence[str] = ()
+    params: Any,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    freeze: Sequence[str] = (),
+    *,
+    donate: bool = False,
 ) -> TrainState:
-    """A state at step 0 on the mesh: a copy of `params`, and moments for the trained ones only."""
-    params = jax.device_put(params, sharding.shardings(params, mesh), may_alias=False)
+    """A state at step 0 on the mesh: a copy of `params`, and moments for the trained ones only.
+
+    With `donate` the state takes the memory of `params`, which must not be used any more.
+    """
+    places = sharding.shardings(params, mesh)
+    params = jax.device_put(params, places, donate=donate, may_alias=None if donate else False)
     places = sharding.shardings(abstract_state(params, tx, freeze), mesh)
     build = partial(_first_state, tx=tx, freeze=freeze)
     return jax.jit(build, out_shardings=places, donate_argnums=0)(params)

@@ -1,0 +1,39 @@
+"""What lies in the devices' memory while a run trains: one state, however the run began."""
+
+import jax
+import pytest
+
+from tests.e2e.runs import arguments, records
+from vtriune_jax import train
+from vtriune_jax.main import main
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """(stage, bytes of the run's arrays / bytes of the parameters), right before each update."""
+    found, packed = [], train.packed
+    others = jax.live_arrays()
+    ids = set(map(id, others))
+
+    def spy(stage, got, do, params, parts):
+        own = [array for array in jax.live_arrays() if id(array) not in ids]
+        alive = sum(array.nbytes for array in own if not array.is_deleted())
+        found.append((stage.name, alive / sum(leaf.nbytes for leaf in jax.tree.leaves(params))))
+        return packed(stage, got, do, params, parts)
+
+    monkeypatch.setattr(train, "packed", spy)
+    return found
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_parameters_two_moments_and_a_reference_only_if_there_is_one(
+    held, kl, warm, data, tmp_path
+):
+    keys = {"model_path": warm / "final", "grpo_kl_weight": kl, "grpo_freeze": "()", "checkpoint_every": 100, **data}
+    assert main(arguments(tmp_path / "run", **keys)) == 0
+    assert main(arguments(tmp_path / "run", grpo_steps=5, **keys)) == 0
+    assert len(records(tmp_path / "run")) == 8
+    assert [stage for stage, _ in held] == ["sft"] * 3 + ["grpo"] * 5
+    for stage, share in held:  # images and features are small beside it
+        copies = 3 + (stage == "grpo" and kl > 0)
+        assert copies <= share < copies + 0.5
