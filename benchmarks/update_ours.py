@@ -19,8 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone, not an 
 
 import jax
 
-jax.config.update("jax_platforms", "cpu")
-
 import numpy as np
 from ours import lay_out
 from sampler import engine_of
@@ -63,6 +61,7 @@ NO_REWARD = RewardConfig("mathverify", "")
 
 
 def main(what: str, folder: Path, *preset: str) -> None:
+    jax.config.update("jax_platforms", "cpu")
     tell_compilers()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
     if what == "prepare":
@@ -94,13 +93,19 @@ def prepare(folder: Path, preset: str) -> None:
         np.savez(folder / f"{case}.npz", **data)
 
 
-def draw(config: ModelConfig, groups: int, n: int) -> dict[str, np.ndarray]:
+def draw(
+    config: ModelConfig,
+    groups: int,
+    n: int,
+    sizes: tuple[int, int, int] = (PROMPT, COMPLETION, PIXELS),
+) -> dict[str, np.ndarray]:
     """Random tokens with an image in each prompt, random patches, normalised advantages."""
     rng, vision = np.random.default_rng(0), config.vision
-    side = PIXELS // vision.patch_size
+    length, completion, pixels = sizes
+    side = pixels // vision.patch_size
     units = side**2 // vision.unit_patches
     text = min(config.banned_ids) - 32  # below all special tokens
-    before, after = 16, PROMPT - 16 - units
+    before, after = 16, length - 16 - units
     prompt = np.concatenate(
         [
             rng.integers(0, text, (groups, before)),
@@ -114,11 +119,11 @@ def draw(config: ModelConfig, groups: int, n: int) -> dict[str, np.ndarray]:
     gains = (gains - gains.mean()) / gains.std()
     return {
         "prompt_ids": prompt,
-        "completion_ids": rng.integers(0, text, (groups, n, COMPLETION)),
+        "completion_ids": rng.integers(0, text, (groups, n, completion)),
         "pixel_values": rng.standard_normal((groups, side**2, vision.patch), np.float32),
         "image_grid_thw": np.tile([1, side, side], (groups, 1)),
         "advantages": gains.reshape(groups, n).astype(np.float32),
-        "old_logps": np.zeros((groups, n, COMPLETION), np.float32),
+        "old_logps": np.zeros((groups, n, completion), np.float32),
     }
 
 
@@ -222,6 +227,13 @@ def training(
 
 def batch_of(data: dict[str, np.ndarray], config: ModelConfig, micro_batches: int) -> Batch:
     """The drawn arrays in the rows that a run would choose."""
+    groups, slots = groups_of(data, config)
+    gains = data["advantages"]
+    return lay_out(groups, gains, np.ones_like(gains), slots, config, micro_batches)
+
+
+def groups_of(data: dict[str, np.ndarray], config: ModelConfig) -> tuple[list[Group], Slots]:
+    """The drawn arrays as the sampler would give them, and slots that they fill."""
     groups = [
         Group(
             prompt_of(ids, patches, grid[None], config),
@@ -237,9 +249,8 @@ def batch_of(data: dict[str, np.ndarray], config: ModelConfig, micro_batches: in
         )
     ]
     windows = max(len(group.prompt.vision.segments) for group in groups)
-    slots = Slots(PROMPT, COMPLETION, windows, pad_id=0)
-    gains = data["advantages"]
-    return lay_out(groups, gains, np.ones_like(gains), slots, config, micro_batches)
+    lengths = data["prompt_ids"].shape[1], data["completion_ids"].shape[2]
+    return groups, Slots(*lengths, windows, pad_id=0)
 
 
 def prompt_of(ids: np.ndarray, patches: np.ndarray, grid: np.ndarray, config: ModelConfig) -> Any:

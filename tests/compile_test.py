@@ -123,8 +123,13 @@ def test_the_compilers_get_our_flags_unless_there_are_others(monkeypatch):
     for _ in range(2):
         commands.tell_compilers()
         assert os.environ["LIBTPU_INIT_ARGS"] == commands.TPU_FLAGS
-        assert os.environ["XLA_FLAGS"] == f"--other {commands.CPU_FLAG}"
-    mine = {"LIBTPU_INIT_ARGS": "--mine", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=true"}
+        assert os.environ["XLA_FLAGS"] == f"--other {commands.CPU_FLAG} {commands.GPU_FLAG}"
+        assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
+    mine = {
+        "LIBTPU_INIT_ARGS": "--mine",
+        "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=true --xla_gpu_memory_limit_slop_factor=95",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5",
+    }
     monkeypatch.setattr(os, "environ", dict(mine))
     commands.tell_compilers()
     assert os.environ == mine
@@ -136,7 +141,7 @@ def test_a_jaxlib_that_does_not_know_the_flag_is_not_told(monkeypatch, jaxlib):
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(commands, "version", lambda name: jaxlib)
     commands.tell_compilers()
-    assert "XLA_FLAGS" not in os.environ
+    assert os.environ["XLA_FLAGS"] == commands.GPU_FLAG
 
 
 needs_tpu_compiler = pytest.mark.skipif(

@@ -68,6 +68,37 @@ def test_memory_is_what_is_written_outside_of_the_chip_twice_and_updates_are_in_
     assert hlo.Module(LOOP).traffic().memory == 2 * (sum(copies.values()) + updated + loop)
 
 
+GPU = """\
+HloModule jit_step
+
+%update (p: f32[9,100], q: f32[100], i: s32[]) -> f32[9,100] {
+  %p = f32[9,100]{1,0} parameter(0)
+  %q = f32[1,100]{1,0} parameter(1)
+  ROOT %put = f32[9,100]{1,0} dynamic-update-slice(%p, %q, %i)
+}
+
+%slice (p: f32[9,100], i: s32[]) -> f32[100] {
+  %p = f32[9,100]{1,0} parameter(0)
+  %got = f32[1,100]{1,0} dynamic-slice(%p, %i)
+  ROOT %flat = f32[100]{0} bitcast(%got)
+}
+
+ENTRY %main (a: f32[8,16]) -> f32[8,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %first = ((f32[9,100]{1,0}, s32[]), f32[100]{0}, u32[]) fusion-start(%x, %i), kind=kLoop, calls=%slice
+  %second = ((f32[9,100]{1,0}, f32[1,100]{1,0}, s32[]), f32[9,100]{1,0}, u32[]) fusion-start(%x, %y, %i), kind=kLoop, calls=%update
+  %scatter = ((f32[64]{0}, f32[32]{0}), (f32[16]{0}, f32[8]{0})) reduce-scatter-start(%b), channel_id=1, replica_groups={{0,1,2,3}}
+  ROOT %last = f32[8,16]{1,0} get-tuple-element(%while.1), index=1
+}
+"""  # noqa: E501
+
+
+def test_asynchronous_operations_of_gpus_name_their_operands_too():
+    found = hlo.Module(GPU).traffic()
+    assert found.collectives == {"reduce-scatter": (16 + 8) * 4 * 3}
+    assert found.memory == 2 * (400 + 400 + (64 + 32 + 16 + 8) * 4)
+
+
 def test_a_compiled_scan_is_read_with_its_trip_count():
     def scan(x):
         return jax.lax.scan(lambda x, _: (jnp.sin(x @ x), None), x, length=7)[0]

@@ -98,7 +98,9 @@ def test_the_kernel_is_that_of_the_devices_to_compile_for():
     with mesh_of("TPU v5", "tpu"):
         assert [choose(word) for word in ("auto", "splash", "xla")] == ["splash", "splash", "xla"]
     with mesh_of("NVIDIA H100", "cuda"):
-        assert [choose(word) for word in ("auto", "cudnn")] == ["triton", "cudnn"]
+        assert choose("auto") == choose("cudnn", "float32") == "cudnn"
+        assert choose("triton") == choose("auto", "float32") == choose("auto", head_dim=20)
+        assert choose("auto", head_dim=8) == "xla"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Every way to compute attention gives what XLA's gives: forward, gradients, padding, slots."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -86,15 +87,19 @@ def test_kernels_without_slots_get_them_as_rows():
     assert_same(make(apart, **LANGUAGE)(packed()), expected, packed())
 
 
-def test_cudnn_gets_single_sequences_and_xla_the_rest():
-    # The same call as on a GPU, but for who computes it.
-    run = make(cudnn.attention, implementation="xla", **LANGUAGE)
-    expected = make(xla.attention, **LANGUAGE)
-    for segments in (single(), packed()):
+@pytest.mark.parametrize("slots", [None, (1, 60), SLOTS])
+def test_cudnn_gets_single_sequences_and_triton_the_rest(slots):
+    # The same calls as on a GPU, but for who computes them.
+    packed_way = partial(triton.attention, interpret=True)
+    options = LANGUAGE | {"slots": slots}
+    run = make(cudnn.attention, implementation="xla", packed=packed_way, **options)
+    expected = make(xla.attention, **LANGUAGE, slots=None if slots == (1, 60) else slots)
+    for segments in (single(), packed())[: 1 if slots else 2]:
         assert_same(run(segments), expected(segments), segments)
 
 
-def test_cudnn_is_asked_for_causality_and_lengths_and_for_no_mask(monkeypatch):
+@pytest.mark.parametrize("slots", [None, (1, 60)])
+def test_cudnn_is_asked_for_causality_and_lengths_and_for_no_mask(monkeypatch, slots):
     asked = []
 
     def called(query, key, value, **options):
@@ -103,7 +108,9 @@ def test_cudnn_is_asked_for_causality_and_lengths_and_for_no_mask(monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", called)
     query = jnp.zeros((3, TOKENS, 2, 64), jnp.bfloat16)
-    cudnn.attention(query, query, query, single(), causal=True)
+    interpreted = partial(triton.attention, interpret=True)
+    run = partial(cudnn.attention, causal=True, slots=slots, packed=interpreted)
+    traced = jax.make_jaxpr(run)(query, query, query, single())
     (options,) = asked
     assert options.keys() == {
         "is_causal",
@@ -112,6 +119,7 @@ def test_cudnn_is_asked_for_causality_and_lengths_and_for_no_mask(monkeypatch):
         "implementation",
     }
     assert options["implementation"] == "cudnn"
+    assert ("cond" in str(traced)) == (slots is None)
 
 
 def test_the_triton_kernel_is_lowered_for_gpus():

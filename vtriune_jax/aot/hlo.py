@@ -150,14 +150,18 @@ class Module:
     def _written(self, name: str, line: Instruction) -> float:
         if line.opcode in FREE or line.opcode.endswith("-done"):
             return 0.0
-        writer, where = line, self.computations[name]
-        if line.opcode == "fusion":
+        writer, where, shape = line, self.computations[name], line.shape
+        if line.opcode in ("fusion", "fusion-start"):
             where = self.computations[line.attribute("calls")]
             writer = next(inner for inner in where if inner.root)
+        if line.opcode == "fusion-start":  # its own shape has the operands too
+            shape = writer.shape
+        if writer.opcode == "bitcast":
+            writer = next(inner for inner in where if f"%{inner.name}" == writer.operands)
         if writer.opcode == "dynamic-update-slice":  # in place
             update = re.findall(r"%([\w.\-]+)", writer.operands)[1:2]
             return sum(_bytes(inner.shape) for inner in where if inner.name in update)
-        return _bytes(line.shape, off_chip=True)
+        return _bytes(shape, off_chip=True)
 
     def _inlined(self, name: str) -> Iterator[tuple[Instruction, bool]]:
         """The lines of a computation and of its fusions; whether the result is then scattered."""
@@ -224,7 +228,7 @@ def _sent(line: Instruction, scatter: bool) -> tuple[str, float]:
     if kind == "all-gather":
         return kind, (size * n / (n + 1) if started else size) * share
     if kind == "reduce-scatter":
-        return kind, size * (n - 1)
+        return kind, (size / (n + 1) if started else size) * (n - 1)
     if kind == "all-reduce":
         return ("reduce-scatter", size * share) if scatter else (kind, 2 * size * share)
     return kind, size * share

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from vtriune_jax.aot import gpus
 from vtriune_jax.errors import UserError
 
 GB, GIB = 1e9, 2**30
@@ -90,11 +91,15 @@ def get(name: str, slices: int = 1) -> Topology:
         raise UserError(f"--num_slices={slices} is for TPUs from v5e on, not for {name}")
     if kind in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
         return Topology(name, _tpus(name, slices), TPUS[kind], TPUS[kind].memory or 0, slices)
+    if kind in gpus.TARGETS and (found := re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", shape)):
+        devices = gpus.devices(kind, int(found[1] or 1), int(found[2]))
+        return Topology(name, devices, GPUS[kind.upper()], gpus.usable_memory(kind))
     if re.fullmatch(r"cpu:[1-9]\d*|local", name):
         return _here(name)
     raise UserError(
         f"--topology={name} is not known; choose {', '.join(TPUS)} with a shape (v5p:2x2x4, "
-        "v5e:4x4), cpu:8 or local"
+        f"v5e:4x4), {', '.join(gpus.TARGETS)} with a number (h100:8; 2x8: two machines), cpu:8 or "
+        "local"
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
 from importlib import import_module
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,10 @@ from jaxtyping import Array, Float, Int
 from vtriune_jax.errors import UserError
 from vtriune_jax.models.kernels import xla
 from vtriune_jax.models.layers import ATTENDED
+from vtriune_jax.models.platform import platform
 
 PLATFORM = {"splash": "tpu", "triton": "gpu", "cudnn": "gpu"}
 """Where a kernel runs; XLA's own attention, "xla", runs everywhere."""
-AUTO = {"tpu": "splash", "gpu": "triton"}
-"""What "auto" means on a platform, elsewhere "xla". Triton's takes rows of any segments."""
 FEW = 128
 """Rows of so many tokens, such as windows of the vision tower, are one block: plain products."""
 
@@ -54,13 +54,17 @@ def attention(
 
     A token of segment 0 (padding) sees nothing: its result is finite and meaningless.
 
+    With n = 1 that says that the row is one sequence, which some kernels must know.
+
     `kernel` is `model.attention` of the config; all kernels give the same. The result has the name
-    that `remat` knows where keeping it spares the backward pass to compute it again: the GPU
-    kernels need more than it, and run again. Raises UserError as `choose` does.
+    that `remat` knows where keeping it spares the backward pass to compute it again: Triton's
+    kernel needs more than it, and runs again. Raises UserError as `choose` does.
     """
     if slots and not causal:
         raise ValueError("slots are of causal attention only")
-    chosen = choose(kernel)
+    chosen = choose(kernel, query.dtype, query.shape[-1])
+    if slots and slots[0] == 1 and chosen != "cudnn":
+        slots = None
     if chosen == "xla" or query.shape[1] <= FEW:
         out = xla.attention(query, key, value, segments, causal=causal, slots=slots)
         return checkpoint_name(out, ATTENDED)
@@ -70,22 +74,27 @@ def attention(
     return on_each_device(run, query, key, value, segments)
 
 
-def choose(kernel: str) -> str:
+def choose(kernel: str, dtype: Any = "bfloat16", head_dim: int = 128) -> str:
     """The kernel that a word means here: for the devices of the mesh, if there is one.
 
-    Several devices need the mesh (`jax.sharding.use_abstract_mesh`), as XLA cannot cut a kernel to
-    pieces itself: without one "auto" is "xla". Raises UserError for a kernel that the platform does
-    not run.
+    On NVIDIA GPUs "auto" is cuDNN's, which is the fastest, where it knows type and width; otherwise
+    Triton's, and "xla" for heads that are too narrow for it. Several devices need the mesh
+    (`jax.sharding.use_abstract_mesh`), as XLA cannot cut a kernel to pieces itself: without one
+    "auto" is "xla". Raises UserError for a kernel that the platform does not run.
     """
-    platform = _platform()
+    here = platform()
     if kernel == "auto":
-        alone = jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1
-        return "xla" if alone else AUTO.get(platform, "xla")
-    needed = PLATFORM.get(kernel, platform)
-    if platform != needed:
+        if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
+            return "xla"
+        if here == "gpu" and head_dim >= 16:
+            known = jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+            return "cudnn" if known else "triton"
+        return "splash" if here == "tpu" else "xla"
+    needed = PLATFORM.get(kernel, here)
+    if here != needed:
         raise UserError(
             f'model.attention="{kernel}" runs on {needed.upper()}s only, not on '
-            f'{platform.upper()}s; choose "auto" or "xla"'
+            f'{here.upper()}s; choose "auto" or "xla"'
         )
     return kernel
 
@@ -116,13 +125,6 @@ def on_each_device(
     # Pallas calls do not say over which axes their results vary.
     cut = jax.shard_map(run, in_specs=(here, here, here, ids), out_specs=here, check_vma=False)
     return cut(query, key, value, segments)
-
-
-def _platform() -> str:
-    """ "tpu", "gpu" or "cpu": of the devices to compile for, which need not be here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    found = device.platform if device else jax.default_backend()
-    return {"cuda": "gpu", "rocm": "gpu"}.get(found, found)
 
 
 def decode_attention(

@@ -114,9 +114,9 @@ def as_rows(batch: Batch) -> Batch:
 
 
 def _slots(batch: Any) -> tuple[int, int] | None:
-    """The completion slots at the end of each row, if there are several."""
+    """The completion slots at the end of each row; None in packed rows."""
     _, n, completion = batch.mask.shape
-    return (n, completion) if batch.predictors is None and n > 1 else None
+    return (n, completion) if batch.predictors is None else None
 
 
 def _features(model: Any, batch: Any) -> tuple[Array | None, Array]:

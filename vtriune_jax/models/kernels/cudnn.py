@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from vtriune_jax.errors import UserError
-from vtriune_jax.models.kernels import xla
+from vtriune_jax.models.kernels import triton
 from vtriune_jax.models.kernels.slots import attend_apart
 
+Attention = Callable[..., Array]
+"""Of the arguments of `attention` here."""
 Implementation = Literal["cudnn", "xla"]
 """Of `jax.nn.dot_product_attention`; the second one is for tests without a GPU."""
 
@@ -26,32 +29,27 @@ def attention(
     causal: bool,
     slots: tuple[int, int] | None = None,
     implementation: Implementation = "cudnn",
+    packed: Attention = triton.attention,
 ) -> Float[Array, "rows tokens heads head_dim"]:
     """As `models.attention.attention`.
 
     Public JAX gives cuDNN no segments, only lengths counted from the left (a mask would be an array
     of [tokens, tokens], and causality would spare nothing). So padding, wherever it stands, moves
-    behind the row's tokens, and back. Where any row here has two segments, all go XLA's way: right,
-    but slow, and then "triton" is the better choice. Raises UserError for float32, which cuDNN does
-    not know.
+    behind the row's tokens, and back. Rows with slots are one sequence for each slot; where any
+    other row here has two segments, all go the `packed` way. Raises UserError for float32, which
+    cuDNN does not know.
     """
     if implementation == "cudnn" and query.dtype == jnp.float32:
         raise UserError(
             'model.attention="cudnn" needs model.dtype="bfloat16", not "float32"; choose "triton"'
         )
+    run = partial(_by_lengths, causal=causal, implementation=implementation)
     if slots:
-        whole = partial(attention, causal=causal, implementation=implementation)
-        return attend_apart(whole, query, key, value, segments, slots)
+        return attend_apart(run, query, key, value, segments, slots)
     real = segments != 0
     single = jnp.where(real, segments == segments.max(1, keepdims=True), True).all()
     return jax.lax.cond(
-        single,
-        partial(_by_lengths, causal=causal, implementation=implementation),
-        lambda query, key, value, _: xla.attention(query, key, value, segments, causal=causal),
-        query,
-        key,
-        value,
-        real,
+        single, run, partial(packed, causal=causal), query, key, value, segments
     )
 
 
@@ -59,11 +57,12 @@ def _by_lengths(
     query: Array,
     key: Array,
     value: Array,
-    real: Bool[Array, "rows tokens"],
+    segments: Int[Array, "rows tokens"],
     *,
     causal: bool,
     implementation: Implementation,
 ) -> Array:
+    real = segments != 0
     order = jnp.argsort(~real, axis=1, stable=True)  # the row's tokens, then the padding
     lengths = jnp.maximum(real.sum(1, dtype=jnp.int32), 1)  # a sum over no keys is no number
     out = jax.nn.dot_product_attention(
