@@ -49,8 +49,11 @@ def fresh(folder: Path) -> Any:
     config = AutoConfig.from_pretrained(folder, attn_implementation="sdpa")
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        model = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    frequencies = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for name, buffer in model.named_buffers():  # of the rotary embeddings; `to` has rounded them
+        buffer.data = frequencies[name]
     return model
 
 
