@@ -1,8 +1,9 @@
 """The README's table of topologies: every Orsta config compiled for devices that are not here.
 
-    python benchmarks/topologies.py [FOLDER]      # needs the TPU compiler: pip install 'jax[tpu]'
+    python benchmarks/topologies.py [FOLDER]
 
-One `python -m vtriune_jax.compile` a row, some minutes each; their JSON files go into FOLDER
+One `python -m vtriune_jax.compile` a row, some minutes each for TPUs; it needs the compilers of both
+(pip install 'jax[tpu,cuda13]', or one after the other). Their JSON files go into FOLDER
 (runs/topologies), and rows that are there already are not compiled again. The table is printed, and
 put between its marks in README.md.
 """
@@ -17,6 +18,10 @@ PROGRAMS = (
     ("orsta_7b", "v5p:2x2x4", ""),
     ("orsta_32b", "v5p:4x4x4", ""),
     ("orsta_72b", "v5p:4x4x8", ""),
+    ("orsta_3b", "h100:8", ""),
+    ("orsta_7b", "h100:8", "model.remat=full batch.micro_batches=128"),
+    ("orsta_32b", "h200:4x8", ""),
+    ("orsta_72b", "h200:8x8", ""),
 )
 """Config, topology, and keys that are set on the command line."""
 HEAD = """\

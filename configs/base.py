@@ -49,8 +49,9 @@ def get_config() -> Any:
         # results of linear maps and attention, the fastest on CPUs, "attention" the latter only,
         # "full" the layer's input only.
         remat="dots",
-        # What computes attention: "splash" (TPUs), "triton" (GPUs), "cudnn" (GPUs: bfloat16, rows
-        # of one sequence), "xla" (anywhere, CPUs too). "auto" takes the first that the devices run.
+        # What computes attention: "splash" (TPUs), "cudnn" (NVIDIA GPUs, bfloat16; Triton's for
+        # packed rows), "triton" (GPUs), "xla" (anywhere, CPUs too). "auto" takes the fastest that
+        # devices and type allow.
         attention="auto",
         # Low-rank adapters of the language layers: at rank 0 there are none; above it they alone
         # are trained and saved in checkpoints, all else stays as it was. Models that are written

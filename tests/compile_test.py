@@ -102,6 +102,7 @@ def test_what_does_not_fit_comes_with_its_largest_buffers_and_advice(tmp_path):
         ([f"--config={QUICKSTART}"], "--topology=v5p:2x2x4 is missing"),
         ([f"--config={QUICKSTART}", "--topology=v9:2x2"], "--topology=v9:2x2 is not known"),
         ([f"--config={QUICKSTART}", "--topology=cpu:0"], "is not known"),
+        ([f"--config={QUICKSTART}", "--topology=h100:0"], "2x8: two machines"),
         ([f"--config={QUICKSTART}", "--topology=v5e:2x2", "--num_slices=0"], "num_slices"),
         ([f"--config={QUICKSTART}", "--topology=cpu:8", "more"], "'more' is not a flag"),
         ([f"--config={QUICKSTART}", "--config.grpo.lr=x", "--topology=cpu:8"], "grpo.lr"),
@@ -148,6 +149,30 @@ needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="needs the TPU compiler: pip install 'jax[tpu]'",
 )
+
+
+needs_cuda_compiler = pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)),
+    reason="needs the CUDA compiler: pip install 'jax[cuda13]'",
+)
+
+
+@needs_cuda_compiler
+def test_the_cuda_compiler_compiles_the_update(tmp_path):
+    small = ("--config.grpo.prompts=4", "--config.grpo.samples=2", "--config.model.tiny.layers=1")
+    found, _ = compiled(tmp_path, "h100:1x2", *small, "--config.model.dtype=bfloat16")
+    assert found["fits"]
+    assert found["devices"] == 2
+    assert 73 * 2**30 < found["bytes_limit"] < 74 * 2**30
+    assert found["collectives"].keys() >= {"all-gather", "reduce-scatter"}
+
+
+@pytest.mark.skipif(not needs_cuda_compiler.args[0], reason="the CUDA compiler is here")
+def test_without_the_cuda_compiler_it_is_told_where_it_comes_from():
+    done = run(f"--config={QUICKSTART}", "--topology=h100:8")
+    assert done.returncode == 2
+    assert "pip install 'jax[cuda13]'" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @needs_tpu_compiler

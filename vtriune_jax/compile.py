@@ -3,15 +3,18 @@
     python -m vtriune_jax.compile --config=configs/orsta_7b.py --topology=v5p:2x2x4 --json=7b.json
 
 --config=FILE, --config.KEY=VALUE   as for vtriune_jax.main
---topology=NAME      TPUs by type and shape (v5e:4x4, v5p:2x2x4, v6e:8x8, tpu7x:2x2x1); cpu:8, eight
+--topology=NAME      TPUs by type and shape (v5e:4x4, v5p:2x2x4, v6e:8x8, tpu7x:2x2x1); GPUs by
+                     type and number (h100:8, h200:2x8, two machines of eight, a100:8); cpu:8, eight
                      pretended devices; or local, the devices of this machine
 --num_slices=N       so many of that TPU topology, joined by the data-centre network; mesh.data must
                      be a multiple
 --json=FILE          write the numbers there (the keys are those of aot.estimate.Estimate)
 --help               show this text
 
-TPUs need the TPU compiler, not a TPU: pip install 'jax[tpu]'. It gets the flags that training gives
-it, commands.TPU_FLAGS or the variable LIBTPU_INIT_ARGS. What is compiled is the very `update` of
+TPUs need the TPU compiler, not a TPU: pip install 'jax[tpu]', and GPUs that of CUDA, not a GPU: pip
+install 'jax[cuda13]'. They get the flags that training gives them (commands.py, or the variables
+LIBTPU_INIT_ARGS and XLA_FLAGS); a GPU is taken to give JAX 0.92 of its memory (the variable
+XLA_PYTHON_CLIENT_MEM_FRACTION). What is compiled is the very `update` of
 the last stage of the config, with the batch that the config describes; checkpoint and data need not
 be there. A step here is one call of it; grpo.minibatches of them make a step of training.
 

@@ -95,3 +95,25 @@ def test_of_splash_attention_the_blocks_that_it_visits_are_counted(slots):
     forward = cost(splash, lambda f: f)
     assert forward == pytest.approx(cost(xla, lambda f: f), rel=0.15)
     assert cost(splash, lambda f: jax.grad(f, (0, 1))) == pytest.approx(4.5 * forward, rel=1e-3)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_of_cudnn_is_counted(causal, monkeypatch):
+    """Two products forwards, five backwards, half of each if causal."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91_000)
+
+    def loss(query, key):
+        found = jax.nn.dot_product_attention(
+            query, key, key, is_causal=causal, implementation="cudnn"
+        )
+        return found.astype(jnp.float32).sum()
+
+    shapes = [jax.ShapeDtypeStruct((2, 128, n, 64), jnp.bfloat16) for n in (4, 2)]
+    product = 2 * 2 * 4 * 64 * 128**2 * (0.5 if causal else 1)
+    costs = [_cost(function, shapes) for function in (loss, jax.grad(loss, argnums=(0, 1)))]
+    assert costs == [2 * product, 7 * product]
+
+
+def _cost(function, shapes):
+    return flops._products(jax.make_jaxpr(function)(*shapes).jaxpr, None)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
+from tests.models.devices import mesh_of
 from vtriune_jax.errors import UserError
 from vtriune_jax.models.attention import attention, choose
 
@@ -84,13 +84,6 @@ def test_gradients_are_finite_in_the_padding():
         return attention(query, query, query, segments, causal=True).sum()
 
     assert np.isfinite(gradient(random(1, 5, 2, 4))).all()
-
-
-def mesh_of(kind, platform):
-    device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
-    return jax.sharding.use_abstract_mesh(
-        AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"), abstract_device=device)
-    )
 
 
 def test_the_kernel_is_that_of_the_devices_to_compile_for():

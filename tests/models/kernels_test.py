@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.devices import mesh_of
+from vtriune_jax.models.attention import attention
 from vtriune_jax.models.kernels import cudnn, splash, triton, xla
 from vtriune_jax.models.kernels.slots import attend_apart
 
@@ -122,10 +124,12 @@ def test_cudnn_is_asked_for_causality_and_lengths_and_for_no_mask(monkeypatch, s
     assert ("cond" in str(traced)) == (slots is None)
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 def test_the_triton_kernel_is_lowered_for_gpus():
     def loss(query, key):
         segments = jnp.ones((1, TOKENS), jnp.int32)
-        return triton.attention(query, key, key, segments, causal=True).sum()
+        with mesh_of("NVIDIA H100", "cuda"):
+            return attention(query, key, key, segments, causal=True, kernel="triton").sum()
 
     shapes = [jax.ShapeDtypeStruct((1, TOKENS, n, 128), jnp.bfloat16) for n in (4, 2)]
     traced = jax.jit(jax.grad(loss)).trace(*shapes)

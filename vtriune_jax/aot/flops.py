@@ -16,6 +16,8 @@ from vtriune_jax.models import weights
 from vtriune_jax.types import Vision
 
 TOWER = "visual/"
+CUDNN = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+"""cuDNN's attention, forwards and backwards, and the matrix products in each."""
 
 
 def tokens(program: Program) -> int:
@@ -144,10 +146,19 @@ def _products(jaxpr: Jaxpr, blocks: _Blocks) -> float:
             (contracting, _), _ = eqn.params["dimension_numbers"]
             (left, _), (out,) = _shapes(eqn.invars), _shapes(eqn.outvars)
             total += 2.0 * prod(out) * prod(left[axis] for axis in contracting)
+        elif eqn.primitive.name in CUDNN:
+            total += CUDNN[eqn.primitive.name] * _attention(eqn)
         times = _times(eqn, blocks)
         inner = [_products(sub, blocks) for value in eqn.params.values() for sub in _jaxprs(value)]
         total += times * (max(inner, default=0.0) if eqn.primitive.name == "cond" else sum(inner))
     return total
+
+
+def _attention(eqn: Any) -> float:
+    """FLOPs of one of the products in cuDNN's attention, which skips what causality hides."""
+    (rows, queries, heads, head_dim), (_, keys, *_) = _shapes(eqn.invars)[:2]
+    share = 0.5 if "CAUSAL" in str(eqn.params["mask_type"]) else 1.0
+    return 2.0 * rows * heads * head_dim * queries * keys * share
 
 
 def _times(eqn: Any, blocks: _Blocks) -> int:

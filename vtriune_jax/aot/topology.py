@@ -3,8 +3,9 @@
 Peaks are those of the makers' data sheets: Google's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e"
 and "TPU7x" (docs.cloud.google.com/tpu/docs; a TPU7x chip is two devices; links of v4: "TPU v4: An
 Optically Reconfigurable Supercomputer", six of 50 GB/s) and NVIDIA's data sheets of A100, H100 and
-H200 (SXM, dense bfloat16). Google gives links in both directions together, here is one. Limits of
-TPU memory are what the compiler allows itself.
+H200 (SXM, dense bfloat16). Google gives links in both directions together, here is one; links of
+GPUs are NVLink's, also between machines, whose usual eight adapters of 400 Gbit/s are 0.9 as fast.
+Limits of TPU memory are what the compiler allows itself.
 """
 
 from __future__ import annotations

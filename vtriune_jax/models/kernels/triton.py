@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from vtriune_jax.models.kernels.slots import attend_apart
 
 with warnings.catch_warnings():
-    # JAX 0.11 recommends a package that is not ready for use, and has no plan to drop this.
+    # JAX 0.11 recommends tokamax, which is not ready for use, and means to drop Pallas for Triton.
     warnings.simplefilter("ignore", DeprecationWarning)
     from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 
