@@ -3,15 +3,15 @@
     python benchmarks/gpu.py [--sizes=3B,7B] [--cases=separate,shared,sample] [--steps=5]
         [--peer=PYTHON] [--json=FILE]
 
-separate   32 sequences of 1,024 tokens, each with a prompt (3/4 of them) and an image of its own
-shared     4 prompts with an image, 8 completions each: group rows; torch repeats both, as TRL does
+separate   32 (7B: 16) sequences of 1,024 tokens, each with a prompt (3/4 of them) and an image
+shared     the same with 8 completions to a prompt: group rows; torch repeats it, as TRL does
 sample     256 new tokens for each of 16 prompts with an image, against `generate`
 
 Weights are random, parameters and AdamW's moments float32 on both sides, products bfloat16 (torch:
 autocast; `generate`: all bfloat16). Of 3B both towers are trained, of 7B the language model.
-Sequences fill their slots, so that torch's attention (sdpa) needs no mask. Both sides make all steps
-of all cases in one process each, one after the other: together they do not fit into a GPU. torch's
-side also makes the checkpoint. --peer is a Python with torch and transformers 5.
+Sequences fill their slots, so that torch's attention (sdpa) needs no mask. Each side makes all steps
+of all cases in one process, torch first: together they do not fit into a GPU. torch's side makes the
+checkpoint too. --peer is a Python with torch and transformers 5.
 
 MFU counts what the model needs (`aot.flops.model_flops`), each image once per sequence in torch's
 rows, at the peak of the data sheet. Times are medians, without the first two steps.

@@ -148,7 +148,7 @@ def measured(
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds, first = [], {}
-    for number in range(warmup + steps):
+    for _ in range(warmup + steps):
         start = time.perf_counter()
         told = step()
         if DEVICE == "cuda":

@@ -2,7 +2,7 @@
 
     python benchmarks/topologies.py [FOLDER]
 
-One `python -m vtriune_jax.compile` a row, some minutes each for TPUs; it needs the compilers of both
+One `python -m vtriune_jax.compile` a row, a minute each; it needs the compilers of TPUs and of CUDA
 (pip install 'jax[tpu,cuda13]', or one after the other). Their JSON files go into FOLDER
 (runs/topologies), and rows that are there already are not compiled again. The table is printed, and
 put between its marks in README.md.

@@ -18,7 +18,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone, not an installed package
 
 import jax
-
 import numpy as np
 from ours import lay_out
 from sampler import engine_of

@@ -69,9 +69,7 @@ def log_probs(model: Any, inputs: dict[str, Any], completions: torch.Tensor) -> 
     return out.logits[:, :-1].log_softmax(-1).gather(-1, completions[..., None])[..., 0]
 
 
-def policy_loss(
-    logps: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor
-) -> torch.Tensor:
+def policy_loss(logps: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     """The clipped loss of GRPO, a mean over all tokens."""
     ratio = torch.exp(logps - old)
     clipped = ratio.clamp(1 - CLIP, 1 + CLIP)

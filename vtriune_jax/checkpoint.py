@@ -101,9 +101,9 @@ class Checkpointer:
     def restore(self, abstract_state: TrainState, *, donate: bool = False) -> Restored | None:
         """The newest readable checkpoint; None when there is none at all.
 
-        `abstract_state` gives shapes, dtypes and shardings (`jax.ShapeDtypeStruct`s or arrays). With
-        `donate` its arrays give up their memory, if there is a checkpoint. A newer checkpoint that
-        cannot be read is renamed to `unreadable-<step>-…`, with a warning.
+        `abstract_state` gives shapes, dtypes and shardings (`jax.ShapeDtypeStruct`s or arrays);
+        with `donate` its arrays give up their memory, if there is a checkpoint. A newer checkpoint
+        that cannot be read is renamed to `unreadable-<step>-…`, with a warning.
 
         Raises:
           UserError: the checkpoint is of another model or optimizer, or none can be read.

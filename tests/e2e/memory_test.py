@@ -29,7 +29,8 @@ def held(monkeypatch):
 def test_parameters_two_moments_and_a_reference_only_if_there_is_one(
     held, kl, warm, data, tmp_path
 ):
-    keys = {"model_path": warm / "final", "grpo_kl_weight": kl, "grpo_freeze": "()", "checkpoint_every": 100, **data}
+    keys = {"model_path": warm / "final", "grpo_kl_weight": kl, "grpo_freeze": "()"}
+    keys |= {"checkpoint_every": 100, **data}
     assert main(arguments(tmp_path / "run", **keys)) == 0
     assert main(arguments(tmp_path / "run", grpo_steps=5, **keys)) == 0
     assert len(records(tmp_path / "run")) == 8

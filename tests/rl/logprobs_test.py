@@ -112,6 +112,20 @@ def test_bfloat16_states_give_float32_logits_and_a_head_gradient_in_its_own_type
     np.testing.assert_allclose(logps, want, atol=0.1)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_bfloat16_states_run_on_cpus(optimised, tied):
+    hidden, head, targets, weights = inputs()
+
+    def loss(matrix, dtype):
+        logps, _ = token_logps(hidden.astype(dtype), matrix.T if tied else matrix, targets)
+        return (logps * weights).sum()
+
+    matrix = head.T if tied else head
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    half, full = (gradient(matrix, dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    np.testing.assert_allclose(half, full, atol=0.03)
+
+
 def test_far_apart_logits_stay_finite():
     hidden, head, targets, _ = inputs()
     logps, entropy = token_logps(hidden * 1e4, head, targets, banned_ids=BANNED)

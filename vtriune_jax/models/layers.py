@@ -75,9 +75,7 @@ def remat(body: Callable, word: str) -> Callable:
     policies = jax.checkpoint_policies
     both = policies.save_from_both_policies
     attention = both(policies.save_only_these_names(ATTENDED), _of_cudnn)
-    maps = both(
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(MAPPED)
-    )
+    maps = both(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(MAPPED))
     policy = {"dots": both(maps, attention), "attention": attention, "full": None}[word]
     # Common subexpressions cannot be merged across the iterations of a scan.
     return jax.checkpoint(body, prevent_cse=False, policy=policy)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from vtriune_jax.models.platform import platform
+
 BANNED_LOGIT = -1e30
 """Finite, so that probability 0 times this logit is 0 and not NaN."""
 
@@ -122,6 +124,9 @@ def _block_backward(
     change = (change / rules.temperature).astype(hidden.dtype)
     to_hidden = jnp.einsum("rtv,ev->rte", change, head.astype(hidden.dtype))
     to_head = jnp.einsum("rte,rtv->ev", hidden, change, preferred_element_type=head.dtype)
+    if platform() == "cpu" and hidden.dtype == jnp.bfloat16:
+        # A tied head is transposed, and what XLA makes of the two its CPU backend cannot run.
+        to_head = jax.lax.optimization_barrier(to_head)
     return to_hidden, to_head, None
 
 

@@ -48,9 +48,7 @@ def attention(
         return attend_apart(run, query, key, value, segments, slots)
     real = segments != 0
     single = jnp.where(real, segments == segments.max(1, keepdims=True), True).all()
-    return jax.lax.cond(
-        single, run, partial(packed, causal=causal), query, key, value, segments
-    )
+    return jax.lax.cond(single, run, partial(packed, causal=causal), query, key, value, segments)
 
 
 def _by_lengths(
