@@ -9,9 +9,9 @@ sample     256 new tokens for each of 16 prompts with an image, against `generat
 
 Weights are random, parameters and AdamW's moments float32 on both sides, products bfloat16 (torch:
 autocast; `generate`: all bfloat16). Of 3B both towers are trained, of 7B the language model.
-Sequences fill their slots, so that torch's attention (sdpa) needs no mask. Each side makes all steps
-of all cases in one process, torch first: together they do not fit into a GPU. torch's side makes the
-checkpoint too. --peer is a Python with torch and transformers 5.
+Sequences fill their slots, so that torch's attention (sdpa) needs no mask. Each side makes all
+steps of all cases in one process, torch first: together they do not fit into a GPU. torch's side
+makes the checkpoint too. --peer is a Python with torch and transformers 5.
 
 MFU counts what the model needs (`aot.flops.model_flops`), each image once per sequence in torch's
 rows, at the peak of the data sheet. Times are medians, without the first two steps.
