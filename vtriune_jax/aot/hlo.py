@@ -157,7 +157,8 @@ class Module:
         if line.opcode == "fusion-start":  # its own shape has the operands too
             shape = writer.shape
         if writer.opcode == "bitcast":
-            writer = next(inner for inner in where if f"%{inner.name}" == writer.operands)
+            made = (inner for inner in where if f"%{inner.name}" == writer.operands)
+            writer = next(made, writer)
         if writer.opcode == "dynamic-update-slice":  # in place
             update = re.findall(r"%([\w.\-]+)", writer.operands)[1:2]
             return sum(_bytes(inner.shape) for inner in where if inner.name in update)

@@ -25,6 +25,9 @@ class Rules(NamedTuple):
     entropy_gradient: bool
     keep: bool
     """Logits and probabilities, for the backward pass, which computes them again otherwise."""
+    barrier: bool
+    """Behind the head's gradient: a tied head's is then transposed, and what XLA makes of the two
+    in bfloat16 its CPU backend cannot run."""
 
 
 def token_logps(
@@ -60,7 +63,8 @@ def token_logps(
     vocab = head.shape[1]
     fitting = max(1, max_logits // max(1, rows * vocab))
     whole = tokens <= fitting
-    rules = Rules(temperature, tuple(banned_ids), entropy_gradient, keep=whole)
+    barrier = platform() == "cpu" and hidden.dtype == jnp.bfloat16
+    rules = Rules(temperature, tuple(banned_ids), entropy_gradient, whole, barrier)
     if whole:
         return _block(rules, hidden, head, targets)
 
@@ -124,8 +128,7 @@ def _block_backward(
     change = (change / rules.temperature).astype(hidden.dtype)
     to_hidden = jnp.einsum("rtv,ev->rte", change, head.astype(hidden.dtype))
     to_head = jnp.einsum("rte,rtv->ev", hidden, change, preferred_element_type=head.dtype)
-    if platform() == "cpu" and hidden.dtype == jnp.bfloat16:
-        # A tied head is transposed, and what XLA makes of the two its CPU backend cannot run.
+    if rules.barrier:
         to_head = jax.lax.optimization_barrier(to_head)
     return to_hidden, to_head, None
 

@@ -72,7 +72,7 @@ def policy_logps(
     """
     model = merge(graphdef, params)
     model = merge(graphdef, _gather_vocabulary(params, mesh, model.config.dtype))
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for the layers' `on_rows`
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # `on_rows` and `platform` ask for it
         features, image_index = _features(model, batch)
         hidden = model(
             batch.ids,
@@ -82,16 +82,16 @@ def policy_logps(
             image_index,
             slots=_slots(batch),
         )
-    states, targets = _completions(hidden, batch)
-    logps, entropy = token_logps(
-        states,
-        model.head(),
-        targets,
-        temperature=loss.temperature,
-        banned_ids=loss.banned_ids,
-        max_logits=loss.max_logits * sharding.row_shards(mesh),
-        entropy_gradient=loss.entropy_weight != 0,
-    )
+        states, targets = _completions(hidden, batch)
+        logps, entropy = token_logps(
+            states,
+            model.head(),
+            targets,
+            temperature=loss.temperature,
+            banned_ids=loss.banned_ids,
+            max_logits=loss.max_logits * sharding.row_shards(mesh),
+            entropy_gradient=loss.entropy_weight != 0,
+        )
     mask = batch.mask
     if loss.banned_ids:
         banned = jnp.isin(targets, jnp.array(loss.banned_ids)).reshape(mask.shape)
