@@ -96,7 +96,7 @@ class Run:
 
         def wait():
             until(lambda: (one := self.server(k)) and one.in_flight and self.fleet.version)
-            time.sleep(0.2)
+            time.sleep(0.05)
             do()
 
         return background(wait)
