@@ -31,7 +31,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_work import MARK, SIZES, scratch
+from gpu_work import SIZES, scratch
+from update_work import MARK, names
 
 HERE = Path(__file__).resolve().parent
 CASES = ("separate", "shared", "sample")
@@ -44,28 +45,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", default="3B,7B")
-    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--sizes", type=names(SIZES), default="3B,7B")
+    parser.add_argument("--cases", type=names(CASES), default=",".join(CASES))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--peer", default=sys.executable)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    sizes, cases = args.sizes.split(","), args.cases.split(",")
-    for given, known in ((sizes, SIZES), (cases, CASES)):
-        if strangers := set(given) - set(known):
-            parser.error(f"{', '.join(strangers)} is not known; choose from {', '.join(known)}")
-    found = []
-    lines = [HEAD]
-    for size in sizes:
+    found, lines = [], [HEAD]
+    for size in args.sizes:
         folder = Path(tempfile.mkdtemp(dir=scratch(size)))
         try:
-            words = [str(folder), size, str(args.steps), *cases]
+            words = [str(folder), size, str(args.steps), *args.cases]
             subprocess.run([sys.executable, HERE / "gpu_ours.py", "prepare", *words], check=True)
             theirs = run([args.peer, HERE / "gpu_torch.py", *words])
             ours = run([sys.executable, HERE / "gpu_ours.py", "run", *words])
         finally:
             shutil.rmtree(folder)
-        for case in cases:
+        for case in args.cases:
             both = {"ours": ours.get(case), "torch": theirs.get(case)}
             found.append({"size": size, "case": case, **both})
             lines.append(line(found[-1]))
@@ -98,7 +94,7 @@ def line(found: dict[str, Any]) -> str:
         return f"| {found['size']} | {found['case']} | failed: see above |"
     seconds = [statistics.median(side["seconds"]) for side in (ours, theirs)]
     mfus = [
-        f"{ours[flops] / wall / ours['peak_flops']:.1%}" if ours[flops] else ""
+        f"{ours[flops] / wall / ours['peak_flops']:.1%}" if flops in ours else ""
         for flops, wall in zip(("flops", "torch_flops"), seconds, strict=True)
     ]
     parity = ""

@@ -8,9 +8,7 @@ Makes the checkpoint of random weights too, and the old log-probs of the batches
 from __future__ import annotations
 
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,11 @@ warnings.simplefilter("ignore")  # torch and transformers warn about their own d
 
 import numpy as np
 import torch
-from gpu_work import SIZES, Work, say
+from gpu_work import SIZES, Work, measured
 from transformers import AutoConfig, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from update_torch import inputs_of, log_probs, policy_loss
-from update_work import RATE, arrays
+from update_work import RATE, arrays, say
 
-WARMUP = 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -109,7 +106,7 @@ def update(
 
     while True:
         try:
-            say(case, **measured(step, steps), at_once=at_once)
+            say(case=case, **measured(step, steps), **peak(), at_once=at_once)
             return
         except torch.OutOfMemoryError:
             if at_once == 1:
@@ -134,29 +131,16 @@ def sample(model: Any, folder: Path, work: Work, steps: int) -> None:
 
     def step() -> dict[str, float]:
         with torch.inference_mode():
-            found = model.generate(**inputs, max_new_tokens=work.new_tokens)
+            found = model.generate(**inputs, max_new_tokens=work.new_tokens).cpu()
         assert found.shape[1] == work.prompt + work.new_tokens
         return {}
 
-    say("sample", **measured(step, max(1, steps // 2), warmup=1))
+    say(case="sample", **measured(step, max(1, steps // 2), warmup=1), **peak())
 
 
-def measured(
-    step: Callable[[], dict[str, float]], steps: int, warmup: int = WARMUP
-) -> dict[str, Any]:
-    """Seconds of each step after the warm-up, what the first one told, and the most memory."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds, first = [], {}
-    for _ in range(warmup + steps):
-        start = time.perf_counter()
-        told = step()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        first = first or told
-    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
-    return {"seconds": seconds[warmup:], **first, "peak_gb": peak / 1e9}
+def peak() -> dict[str, float]:
+    """The most memory that the device has held."""
+    return {"peak_gb": torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else 0.0}
 
 
 if __name__ == "__main__":

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from update_work import MARK
-
-__all__ = ["MARK", "SIZES", "Work", "say"]
 
 
 @dataclass(frozen=True)
@@ -50,9 +47,14 @@ SIZES = {
 does, so that parameters, moments and gradients in float32 fit into one H200."""
 
 
-def say(case: str, **numbers: Any) -> None:
-    """A line to the driver."""
-    print(MARK + json.dumps({"case": case, **numbers}), flush=True)
+def measured(step: Callable[[], dict[str, float]], steps: int, warmup: int = 2) -> dict[str, Any]:
+    """Seconds of steps after the warm-up and of the very first one, and what that one told."""
+    seconds, told = [], []
+    for _ in range(warmup + steps):
+        start = time.perf_counter()
+        told.append(step())
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds[warmup:], "first_s": seconds[0], **told[0]}
 
 
 def scratch(size: str) -> Path:

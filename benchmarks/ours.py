@@ -349,12 +349,17 @@ def lay_out(
     slots: Slots,
     config: models.ModelConfig,
     unit: int,
+    features: Any = None,
 ) -> Batch:
-    """The rows that a run would choose, their number a multiple of `unit`."""
+    """The rows that a run would choose, their number a multiple of `unit`.
+
+    With the `features` of the groups' images a frozen tower has made them already.
+    """
     samples = len(groups[0].completions)
     asked = needs(groups, slots, 1, unit)
-    rows = choose("auto", asked, slots, len(groups), samples, unit, config, vision_trained=True)
-    return pack(groups, gains, weights, {"bench": 0}, slots, rows=rows, unit=unit)
+    trained = features is None
+    rows = choose("auto", asked, slots, len(groups), samples, unit, config, vision_trained=trained)
+    return pack(groups, gains, weights, {"bench": 0}, slots, features, rows, unit=unit)
 
 
 def slots_of(groups: Sequence[Group], prompt: int, completion: int) -> Slots:

@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from update_work import MARK, PRESETS
+from update_work import MARK, PRESETS, names
 
 HERE = Path(__file__).resolve().parent
 OURS = HERE / "update_ours.py"
@@ -48,24 +48,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--presets", default="nano,micro")
-    parser.add_argument("--cases", default="separate,shared,step")
+    parser.add_argument("--presets", type=names(PRESETS), default="nano,micro")
+    parser.add_argument("--cases", type=names(TARGETS), default="separate,shared,step")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--peer", default=sys.executable)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    presets, cases = args.presets.split(","), args.cases.split(",")
-    for given, known in ((presets, PRESETS), (cases, TARGETS)):
-        if strangers := set(given) - set(known):
-            parser.error(f"{', '.join(strangers)} is not known; choose from {', '.join(known)}")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     found = []
     print(HEAD, flush=True)
-    for preset in presets:
+    for preset in args.presets:
         with tempfile.TemporaryDirectory() as scratch:
             subprocess.run([sys.executable, OURS, "prepare", scratch, preset], check=True)
-            for case in cases:
+            for case in args.cases:
                 if missing := lacking(args.peer, case):
                     print(f"{case}: {args.peer} has no {missing}; see --help", file=sys.stderr)
                     continue

@@ -5,12 +5,13 @@ Imports neither jax nor torch, as each side has only one of them to load.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,20 @@ def reward(text: str, label: int) -> float:
 def arrays(folder: Path, case: str) -> dict[str, np.ndarray]:
     """The batch of a case, as `update_ours.py prepare` has drawn it."""
     return dict(np.load(folder / f"{case}.npz"))
+
+
+def names(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """What argparse calls to read names with commas between."""
+
+    def read(text: str) -> list[str]:
+        found = text.split(",")
+        if strangers := set(found) - set(known):
+            raise argparse.ArgumentTypeError(
+                f"{', '.join(strangers)} is not known; choose from {', '.join(known)}"
+            )
+        return found
+
+    return read
 
 
 def say(**numbers: Any) -> None:

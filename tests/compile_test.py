@@ -151,9 +151,9 @@ needs_tpu_compiler = pytest.mark.skipif(
 )
 
 
+CUDA_COMPILER = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
 needs_cuda_compiler = pytest.mark.skipif(
-    not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)),
-    reason="needs the CUDA compiler: pip install 'jax[cuda13]'",
+    not CUDA_COMPILER, reason="needs the CUDA compiler: pip install 'jax[cuda13]'"
 )
 
 
@@ -167,7 +167,7 @@ def test_the_cuda_compiler_compiles_the_update(tmp_path):
     assert found["collectives"].keys() >= {"all-gather", "reduce-scatter"}
 
 
-@pytest.mark.skipif(not needs_cuda_compiler.args[0], reason="the CUDA compiler is here")
+@pytest.mark.skipif(CUDA_COMPILER, reason="the CUDA compiler is here")
 def test_without_the_cuda_compiler_it_is_told_where_it_comes_from():
     done = run(f"--config={QUICKSTART}", "--topology=h100:8")
     assert done.returncode == 2

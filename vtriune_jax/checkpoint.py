@@ -111,7 +111,8 @@ class Checkpointer:
         target = jax.tree.map(_abstract, abstract_state)
         steps = hosts.from_first(lambda: sorted(self._manager.all_steps(), reverse=True))
         if steps and donate:
-            jax.tree.map(lambda array: array.delete(), abstract_state)
+            for array in jax.tree.leaves(abstract_state):
+                array.delete()
         faults: dict[int, Exception] = {}
         for step in steps:
             restored = None

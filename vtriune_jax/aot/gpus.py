@@ -24,8 +24,6 @@ class Target:
     compute_capability: tuple[int, int]
     multiprocessors: int
     memory_mib: int
-    memory_rate: float
-    """Bytes/s."""
     l2_mib: int
     clock_ghz: float
     shared_kib: int
@@ -33,14 +31,14 @@ class Target:
 
 
 TARGETS = {
-    "a100": Target("NVIDIA A100-SXM4-80GB", (8, 0), 108, 81920, 2039e9, 40, 1.41, 164),
-    "h100": Target("NVIDIA H100 80GB HBM3", (9, 0), 132, 81559, 3350e9, 50, 1.98, 228),
-    "h200": Target("NVIDIA H200", (9, 0), 132, 143771, 4800e9, 60, 1.98, 228),
+    "a100": Target("NVIDIA A100-SXM4-80GB", (8, 0), 108, 81920, 40, 1.41, 164),
+    "h100": Target("NVIDIA H100 80GB HBM3", (9, 0), 132, 81559, 50, 1.98, 228),
+    "h200": Target("NVIDIA H200", (9, 0), 132, 143771, 60, 1.98, 228),
 }
 
 
-def devices(kind: str, hosts: int, each: int) -> Sequence[Any]:
-    """`hosts` machines with `each` GPUs of the kind, to compile for.
+def devices(kind: str, hosts: int, each: int, memory_rate: float) -> Sequence[Any]:
+    """`hosts` machines with `each` GPUs of the kind, to compile for; their memory in bytes/s.
 
     The kernels' variants are chosen by rules, as no device is there to try them on. UserError where
     JAX's CUDA plugin is missing or too old.
@@ -50,7 +48,7 @@ def devices(kind: str, hosts: int, each: int) -> Sequence[Any]:
             topology_name=kind,
             platform="cuda",
             topology=f"1x{hosts}x{each}",
-            target_config=_text(TARGETS[kind]),
+            target_config=_text(TARGETS[kind], memory_rate),
         )
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         text = " ".join(str(error).split())
@@ -67,7 +65,7 @@ def usable_memory(kind: str) -> int:
     return int(TARGETS[kind].memory_mib * MIB * float(os.environ.get(variable, ours)))
 
 
-def _text(target: Target) -> str:
+def _text(target: Target, memory_rate: float) -> str:
     """XLA's GpuTargetConfigProto as text."""
     major, minor = target.compute_capability
     return f"""
@@ -76,7 +74,7 @@ def _text(target: Target) -> str:
           core_count: {target.multiprocessors}
           fpus_per_core: {64 if major == 8 else 128}
           clock_rate_ghz: {target.clock_ghz}
-          memory_bandwidth: {target.memory_rate:.0f}
+          memory_bandwidth: {memory_rate:.0f}
           device_memory_size: {target.memory_mib * MIB}
           l2_cache_size: {target.l2_mib * MIB}
           shared_memory_per_core: {target.shared_kib * 1024}

@@ -93,8 +93,9 @@ def get(name: str, slices: int = 1) -> Topology:
     if kind in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
         return Topology(name, _tpus(name, slices), TPUS[kind], TPUS[kind].memory or 0, slices)
     if kind in gpus.TARGETS and (found := re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", shape)):
-        devices = gpus.devices(kind, int(found[1] or 1), int(found[2]))
-        return Topology(name, devices, GPUS[kind.upper()], gpus.usable_memory(kind))
+        chip = GPUS[kind.upper()]
+        devices = gpus.devices(kind, int(found[1] or 1), int(found[2]), chip.memory_rate)
+        return Topology(name, devices, chip, gpus.usable_memory(kind))
     if re.fullmatch(r"cpu:[1-9]\d*|local", name):
         return _here(name)
     raise UserError(

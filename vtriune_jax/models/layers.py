@@ -175,7 +175,7 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
         """Apply to the last axis.
 
-        GPUs multiply matrices at half their speed if rows are not whole pieces of 16 bytes, as with
+        GPUs have slower kernels for matrices whose rows are not whole pieces of 16 bytes, as with
         the 3,420 columns of the vision tower: zeros, which change nothing, fill them up.
         """
         hidden, linears = self.gate.kernel.shape[-1], (self.gate, self.up, self.down)

@@ -14,8 +14,6 @@ from vtriune_jax.errors import UserError
 from vtriune_jax.models.kernels import triton
 from vtriune_jax.models.kernels.slots import attend_apart
 
-Attention = Callable[..., Array]
-"""Of the arguments of `attention` here."""
 Implementation = Literal["cudnn", "xla"]
 """Of `jax.nn.dot_product_attention`; the second one is for tests without a GPU."""
 
@@ -29,7 +27,7 @@ def attention(
     causal: bool,
     slots: tuple[int, int] | None = None,
     implementation: Implementation = "cudnn",
-    packed: Attention = triton.attention,
+    packed: Callable[..., Array] = triton.attention,
 ) -> Float[Array, "rows tokens heads head_dim"]:
     """As `models.attention.attention`.
 

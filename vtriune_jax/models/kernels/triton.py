@@ -18,7 +18,7 @@ with warnings.catch_warnings():
 
 BLOCK, SMALL_BLOCK = 128, 64
 """Queries that are looked at together in the forward pass, and all other blocks; rows are filled up
-to a multiple of the former. With WARPS, the fastest of those tried on an H200."""
+to a multiple of the former. Chosen on an H200, with WARPS."""
 WARPS = 4
 
 
