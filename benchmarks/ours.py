@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from sampler import engine_of
+from update_work import cpu_seconds, peak_mb
 
 from vtriune_jax import models, sharding
 from vtriune_jax.commands import tell_compilers
@@ -73,7 +74,7 @@ def main() -> None:
     tell_compilers()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
     metrics = bench(args, "-text" in args.case, dtype)
-    metrics["peak_rss_mb"] = metrics.get("peak_rss_mb") or peak_rss_mb()
+    metrics["peak_rss_mb"] = metrics.get("peak_rss_mb") or peak_mb()
     print("BENCH_JSON " + json.dumps({"case": args.case, "metrics": metrics}), flush=True)
 
 
@@ -138,7 +139,7 @@ def train(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
             )
 
     timing = measure(step, args.warmup, args.steps)
-    peak = peak_rss_mb()
+    peak = peak_mb()
     _, params, _ = load(args.ckpt, dtype)
     gap = np.abs(logps(graphdef, params, batch) - data["logps_fp32"]).max()
     tokens = data["input_ids"].size
@@ -384,17 +385,6 @@ def measure(run: Callable[[], Any], warmup: int, steps: int) -> dict[str, float]
         walls.append(time.perf_counter() - wall)
         cpus.append(cpu_seconds() - cpu)
     return {"wall_s": statistics.median(walls), "cpu_s": statistics.median(cpus)}
-
-
-def cpu_seconds() -> float:
-    times = os.times()
-    return times.user + times.system
-
-
-def peak_rss_mb() -> float:
-    """VmHWM: unlike ru_maxrss it is not inherited from the process that forked this one."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 if __name__ == "__main__":
