@@ -172,7 +172,7 @@ def test_stragglers_are_aborted_and_go_on_later(pair, oracle):
     """Every prompt comes out once, complete, and the parts fit together."""
     slow, fast = pair
     slow.script(token_seconds=0.02)
-    fast.script(token_seconds=0.005)  # the slow one has begun when the fast one is through
+    fast.script(token_seconds=0.005)  # nearly always through while the slow one draws
     sampling = replace(SAMPLING, max_tokens=60)
     with engine(*pair) as (made, _):
         rollout = made.submit(PROMPTS, sampling, needed=3).result()
@@ -182,7 +182,7 @@ def test_stragglers_are_aborted_and_go_on_later(pair, oracle):
         assert sum(len(drawn.ids) for drawn in begun) > 0
         stats = made.stats()
         # the server counts those too of which it had no token yet
-        assert 0 < stats["aborted"] <= slow.seen()["aborted"]
+        assert 0 < stats["aborted"] <= sum(server.seen()["aborted"] for server in pair)
         assert [server.seen()["running"] for server in pair] == [0, 0]
         before = {g.prompt.sample.id: g for g in rollout.begun}
         rest = made.submit(PROMPTS[:1], sampling, begun=rollout.begun).result()
