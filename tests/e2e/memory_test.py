@@ -1,5 +1,7 @@
 """What lies in the devices' memory while a run trains: one state, however the run began."""
 
+import gc
+
 import jax
 import pytest
 
@@ -9,17 +11,28 @@ from vtriune_jax.checkpoint import Checkpointer
 from vtriune_jax.main import main
 
 
-@pytest.fixture
-def held(monkeypatch):
+class Held(list):
     """(stage, bytes of the run's arrays / bytes of the parameters), right before each update."""
-    found, packed = [], train.packed
-    others = jax.live_arrays()
-    ids = set(map(id, others))
 
-    def spy(stage, got, do, params, parts):
+    def run(self, words):
+        """One run of `main`; what lives before it, Orbax's copies for instance, is not its own."""
+        gc.collect()
+        self.others = jax.live_arrays()  # kept, so that no array of the run takes the id of one
+        assert main(words) == 0
+
+    def look(self, stage, params):
+        ids = set(map(id, self.others))
         own = [array for array in jax.live_arrays() if id(array) not in ids]
         alive = sum(array.nbytes for array in own if not array.is_deleted())
-        found.append((stage.name, alive / sum(leaf.nbytes for leaf in jax.tree.leaves(params))))
+        self.append((stage.name, alive / sum(leaf.nbytes for leaf in jax.tree.leaves(params))))
+
+
+@pytest.fixture
+def held(monkeypatch):
+    found, packed = Held(), train.packed
+
+    def spy(stage, got, do, params, parts):
+        found.look(stage, params)
         return packed(stage, got, do, params, parts)
 
     monkeypatch.setattr(train, "packed", spy)
@@ -34,10 +47,10 @@ def test_parameters_two_moments_and_a_reference_only_if_there_is_one(
     keys |= {"checkpoint_every": 100, **data}
     with monkeypatch.context() as patch:  # Orbax keeps arrays of CPUs for a while, as it reads them
         patch.setattr(Checkpointer, "save", lambda *_: None)
-        assert main(arguments(tmp_path / "stages", **keys)) == 0
+        held.run(arguments(tmp_path / "stages", **keys))
     for steps in (3, 5):
         again = {"stages": "grpo", "grpo_steps": steps, **keys}
-        assert main(arguments(tmp_path / "resumed", **again)) == 0
+        held.run(arguments(tmp_path / "resumed", **again))
     assert len(records(tmp_path / "resumed")) == 5
     assert [stage for stage, _ in held] == ["sft"] * 3 + ["grpo"] * 8
     for stage, share in held:  # images and features are small beside it
