@@ -132,7 +132,7 @@ def draw(
 def update_of(folder: Path, case: str) -> Any:
     """A step of `serve`: one update, both towers trained."""
     # The best on CPUs: small pieces for their caches, little to recompute.
-    micro_batches = 2 if CASES[case][1] == 1 else 1
+    micro_batches = 4 if CASES[case][1] == 1 else 1
     graphdef, params, config = load(folder)
     batch = batch_of(arrays(folder, case), config, micro_batches)
     state, update = training(graphdef, params, micro_batches)
