@@ -1,7 +1,7 @@
 """Updates and the sampler on one GPU at real sizes, in bfloat16, against transformers.
 
     python benchmarks/gpu.py [--sizes=3B,7B] [--cases=separate,shared,sample] [--steps=5]
-        [--peer=PYTHON] [--json=FILE]
+        [--unroll] [--peer=PYTHON] [--json=FILE]
 
 separate   32 (7B: 16) sequences of 1,024 tokens, each with a prompt (3/4 of them) and an image
 shared     the same with 8 completions to a prompt: group rows; torch repeats it, as TRL does
@@ -14,7 +14,7 @@ steps of all cases in one process, torch first: together they do not fit into a 
 makes the checkpoint too. --peer is a Python with torch and transformers 5.
 
 MFU counts what the model needs (`aot.flops.model_flops`), each image once per sequence in torch's
-rows, at the peak of the data sheet. Times are medians, without the first two steps.
+rows, at the peak of the data sheet. Times are medians, without the first two steps. --unroll: with `model.unroll`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=names(SIZES), default="3B,7B")
     parser.add_argument("--cases", type=names(CASES), default=",".join(CASES))
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--unroll", action="store_true", help="our layers, compiled one by one")
     parser.add_argument("--peer", default=sys.executable)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -58,7 +59,8 @@ def main() -> None:
             words = [str(folder), size, str(args.steps), *args.cases]
             subprocess.run([sys.executable, HERE / "gpu_ours.py", "prepare", *words], check=True)
             theirs = run([args.peer, HERE / "gpu_torch.py", *words])
-            ours = run([sys.executable, HERE / "gpu_ours.py", "run", *words])
+            how = ["unroll"] if args.unroll else []
+            ours = run([sys.executable, HERE / "gpu_ours.py", "run", *words, *how])
         finally:
             shutil.rmtree(folder)
         for case in args.cases:

@@ -37,7 +37,8 @@ from vtriune_jax.rollout.choice import Sampling
 from vtriune_jax.rollout.local import LocalEngine
 
 
-def main(what: str, folder: Path, size: str, steps: str, *cases: str) -> None:
+def main(what: str, folder: Path, size: str, steps: str, *words: str) -> None:
+    """`words` are cases, and "unroll" for layers that are compiled one by one."""
     work = SIZES[size]
     if what == "prepare":
         jax.config.update("jax_platforms", "cpu")
@@ -46,15 +47,15 @@ def main(what: str, folder: Path, size: str, steps: str, *cases: str) -> None:
     tell_compilers()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
     start = time.perf_counter()
-    graphdef, params, config = load(folder, work)
+    graphdef, params, config = load(folder, work, "unroll" in words)
     say(case="load", seconds=[time.perf_counter() - start])
-    if "sample" in cases:
+    if "sample" in words:
         sample(graphdef, params, config, folder, work, int(steps))
     mesh = sharding.make_mesh()
     tx = make_optimizer(OptimConfig(learning_rate=RATE, weight_decay=0.0))
     state = init_state(params, tx, mesh, work.freeze, donate=True)
     for case in ("separate", "shared"):
-        if case in cases:
+        if case in words:
             given = graphdef, tx, mesh, config, folder, case, work, int(steps)
             state = update(state, *given)
 
@@ -86,9 +87,9 @@ def config_of(size: str) -> ModelConfig:
     return replace(config, vision=vision, text=text)
 
 
-def load(folder: Path, work: Work) -> tuple[Any, Any, ModelConfig]:
+def load(folder: Path, work: Work, unroll: bool) -> tuple[Any, Any, ModelConfig]:
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"  # CPUs only try it
-    model = models.load_pretrained(folder, dtype=dtype, remat=work.remat)
+    model = models.load_pretrained(folder, dtype=dtype, remat=work.remat, unroll=unroll)
     graphdef, params = models.split(model)
     return graphdef, jax.block_until_ready(params), model.config
 

@@ -49,6 +49,9 @@ def get_config() -> Any:
         # results of linear maps and attention, the fastest on CPUs, "attention" the latter only,
         # "full" the layer's input only.
         remat="dots",
+        # True compiles every layer instead of one for a loop over them: it takes longer, and saves
+        # GPUs the copying of what is kept to a stack and back. No use on CPUs.
+        unroll=False,
         # What computes attention: "splash" (TPUs), "cudnn" (NVIDIA GPUs, bfloat16; Triton's for
         # packed rows), "triton" (GPUs), "xla" (anywhere, CPUs too). "auto" takes the fastest that
         # devices and type allow.

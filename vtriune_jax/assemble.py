@@ -103,6 +103,7 @@ def assemble(config: Any, workdir: Path) -> Iterator[Parts]:
         path,
         dtype=config.model.dtype,
         remat=config.model.remat,
+        unroll=config.model.unroll,
         attention=config.model.attention,
         param_dtype=config.model.lora.base_dtype if adapters else "float32",
         lora=adapters,

@@ -98,9 +98,9 @@ def test_text_only(model, config):
     np.testing.assert_allclose(alone, without, atol=1e-6)
 
 
-def test_remat_changes_nothing_and_every_parameter_learns(config, model, inputs):
-    def value_and_grad(remat):
-        graphdef, _ = models.abstract(replace(config, remat=remat))
+def test_remat_and_unroll_change_nothing_and_every_parameter_learns(config, model, inputs):
+    def value_and_grad(remat, unroll=False):
+        graphdef, _ = models.abstract(replace(config, remat=remat, unroll=unroll))
 
         @jax.jit
         @jax.value_and_grad
@@ -112,13 +112,19 @@ def test_remat_changes_nothing_and_every_parameter_learns(config, model, inputs)
             hidden = model(ids, positions, jnp.ones_like(ids), features, index)
             return jnp.mean(jax.nn.logsumexp(5 * hidden @ model.head(), axis=-1))
 
-        return loss(models.split(model)[1])
+        compiled = loss.lower(models.split(model)[1]).compile()
+        memory[remat, unroll] = compiled.memory_analysis().temp_size_in_bytes
+        loops[remat, unroll] = compiled.as_text().count(" while(")
+        return compiled(models.split(model)[1])
 
+    memory, loops = {}, {}
     plain = value_and_grad("none")
-    for word in ("dots", "full"):
+    for how in (("dots", False), ("full", False), ("none", True), ("dots", True), ("full", True)):
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, value_and_grad(word)
+            lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), plain, value_and_grad(*how)
         )
+    assert memory["full", False] < memory["dots", False] < memory["none", False]
+    assert loops["dots", True] < loops["dots", False]
     for path, gradient in weights.flatten(plain[1]).items():
         assert np.abs(gradient).max() > 0, path
 

@@ -77,7 +77,7 @@ def build(config: Any, mesh: Mesh) -> Program:
 def model_config(config: Any) -> ModelConfig:
     """The sizes of the config's model, and how it computes."""
     keys = config.model
-    how = {key: keys[key] for key in ("dtype", "remat", "attention")}
+    how = {key: keys[key] for key in ("dtype", "remat", "unroll", "attention")}
     return replace(_sizes(keys), **how, lora=lora.from_keys(keys.lora))
 
 

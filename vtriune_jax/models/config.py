@@ -124,7 +124,7 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything the model's shape depends on, and the two knobs of how it computes."""
+    """Everything the model's shape depends on, and the knobs of how it computes."""
 
     vision: VisionConfig
     text: TextConfig
@@ -137,7 +137,9 @@ class ModelConfig:
     dtype: str = "float32"
     """Of activations; parameters stay float32 and are cast inside each layer."""
     remat: str = "none"
-    """What the backward pass recomputes: see `layers.remat`."""
+    """What the backward pass recomputes: see `layers.through`."""
+    unroll: bool = False
+    """Whether each layer is compiled instead of one for a scan: see `layers.through`."""
     attention: str = "auto"
     """The kernel: see `attention.attention`."""
     lora: LoRAConfig | None = None

@@ -23,9 +23,9 @@ from vtriune_jax.models.layers import (
     SwiGLU,
     frequencies,
     on_rows,
-    remat,
     rotate,
     stack,
+    through,
     unstack,
 )
 from vtriune_jax.models.lora import adapt, fold
@@ -95,7 +95,8 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig):
         text = config.text
         self.config = text
-        self.dtype, self.remat, self.attention = config.dtype, config.remat, config.attention
+        self.dtype, self.attention = config.dtype, config.attention
+        self.remat, self.unroll = config.remat, config.unroll
         self.embed = Embedding(text.vocab, text.embed)
         self.layers = stack(adapt(Layer(text), config.lora), text.layers)
         self.norm = RMSNorm(text.embed, text.norm_eps)
@@ -158,7 +159,7 @@ class LanguageModel(nnx.Module):
             )
             return this.finish(x, attended), keep(key, value)
 
-        x, kept = jax.lax.scan(remat(layer, self.remat), x, stacked)
+        x, kept = through(layer, x, stacked, remat=self.remat, unroll=self.unroll)
         return self.norm(x), kept
 
     def decode(

@@ -63,22 +63,37 @@ def unstack(layers: nnx.Module) -> tuple[Any, Callable[[Any], Any]]:
     return params, lambda one: nnx.merge(graphdef, one)
 
 
-def remat(body: Callable, word: str) -> Callable:
-    """Make the body of a scan over layers compute again in the backward pass what `word` says.
+def through(
+    layer: Callable[[Array, Any], tuple[Array, Any]],
+    x: Array,
+    stacked: Any,
+    *,
+    remat: str,
+    unroll: bool,
+) -> tuple[Array, Any]:
+    """Take x through the layers, one after the other; what else each gives comes back stacked.
+
+    It is a scan, for which one layer is compiled. With `unroll` each of them is, and what they keep
+    for the backward pass need not be copied into a stack and out of it again. `remat` says what
+    the backward pass computes again:
 
     "none": nothing that XLA would keep; "dots": all but the results of linear maps and attention,
     which is little work for much memory; "attention": all but the result of attention, which grows
     with the square of the tokens; "full": everything but the layer's input.
     """
-    if word == "none":
-        return body
+    return jax.lax.scan(_checkpoint(layer, remat, unroll), x, stacked, unroll=unroll)
+
+
+def _checkpoint(layer: Callable, remat: str, unroll: bool) -> Callable:
+    if remat == "none":
+        return layer
     policies = jax.checkpoint_policies
     both = policies.save_from_both_policies
     attention = both(policies.save_only_these_names(ATTENDED), _of_cudnn)
     maps = both(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(MAPPED))
-    policy = {"dots": both(maps, attention), "attention": attention, "full": None}[word]
-    # Common subexpressions cannot be merged across the iterations of a scan.
-    return jax.checkpoint(body, prevent_cse=False, policy=policy)
+    policy = {"dots": both(maps, attention), "attention": attention, "full": None}[remat]
+    # Across the turns of a scan XLA cannot merge what is computed again with the first time.
+    return jax.checkpoint(layer, prevent_cse=unroll, policy=policy)
 
 
 def _of_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -28,6 +28,7 @@ def load_pretrained(
     *,
     dtype: str = "float32",
     remat: str = "none",
+    unroll: bool = False,
     attention: str = "auto",
     param_dtype: str = "float32",
     shardings: weights.Place | None = None,
@@ -36,18 +37,18 @@ def load_pretrained(
 ) -> Qwen2_5_VL:
     """Read a Hugging Face checkpoint folder (layouts: see `weights`).
 
-    `remat` and `attention` are as in `ModelConfig`, `dtype` is of activations, `param_dtype` of the
-    parameters, whatever the files have; training wants float32. `shardings` (path, shape) says
-    where a parameter lies, by default on one device; the parameters go there tensor by tensor, and
-    beside them the host never holds as much as twice the largest tensor of the files. The adapters
-    that `lora` asks for are new, drawn with `seed`, and float32.
+    `remat`, `unroll` and `attention` are as in `ModelConfig`, `dtype` is of activations,
+    `param_dtype` of the parameters, whatever the files have; training wants float32. `shardings`
+    (path, shape) says where a parameter lies, by default on one device; the parameters go there
+    tensor by tensor, and beside them the host never holds as much as twice the largest tensor of
+    the files. The adapters that `lora` asks for are new, drawn with `seed`, and float32.
 
     Raises UserError naming the file and key that is missing, broken, left over or mis-shaped.
     """
     folder = Path(path)
     check_param_dtype(param_dtype)
     config = read_config(folder, dtype=dtype, remat=remat)
-    config = replace(config, attention=attention, lora=lora)
+    config = replace(config, unroll=unroll, attention=attention, lora=lora)
     graphdef, tree = abstract(config)
     shapes = {path: leaf.shape for path, leaf in weights.flatten(tree).items()}
     stored = {path: shape for path, shape in shapes.items() if not is_adapter(path)}

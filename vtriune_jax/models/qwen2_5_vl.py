@@ -24,7 +24,11 @@ class Qwen2_5_VL(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.config = config
         self.visual = VisionTower(
-            config.vision, dtype=config.dtype, remat=config.remat, kernel=config.attention
+            config.vision,
+            dtype=config.dtype,
+            remat=config.remat,
+            unroll=config.unroll,
+            kernel=config.attention,
         )
         self.language = LanguageModel(config)
 

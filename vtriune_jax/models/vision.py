@@ -24,9 +24,9 @@ from vtriune_jax.models.layers import (
     SwiGLU,
     frequencies,
     on_rows,
-    remat,
     rotate,
     stack,
+    through,
     unstack,
 )
 from vtriune_jax.types import Vision
@@ -132,9 +132,9 @@ class Merger(nnx.Module):
 class VisionTower(nnx.Module):
     """Patches in windows → one feature per unit, in the same order."""
 
-    def __init__(self, config: VisionConfig, *, dtype: str, remat: str, kernel: str):
+    def __init__(self, config: VisionConfig, *, dtype: str, remat: str, unroll: bool, kernel: str):
         self.config, self.dtype = config, dtype
-        self.remat = remat
+        self.remat, self.unroll = remat, unroll
         self.patch_embed = Linear(config.patch, config.embed, bias=False)
         self.blocks = stack(VisionBlock(config, kernel), config.depth)
         self.merger = Merger(config)
@@ -159,9 +159,8 @@ class VisionTower(nnx.Module):
             def layer(x: Array, params: Any) -> tuple[Array, None]:
                 return build(params)(x, *here), None
 
-            y, _ = jax.lax.scan(
-                remat(layer, self.remat), x.reshape(-1, tokens, x.shape[-1]), layers
-            )
+            flat = x.reshape(-1, tokens, x.shape[-1])
+            y, _ = through(layer, flat, layers, remat=self.remat, unroll=self.unroll)
             return y.reshape(x.shape)
 
         def one_repeat(x: Array, layers: Any) -> tuple[Array, None]:
@@ -171,5 +170,5 @@ class VisionTower(nnx.Module):
                 x, start = run_layers(x, run, full), start + length
             return x, None
 
-        x, _ = jax.lax.scan(one_repeat, x, stacked)
+        x, _ = jax.lax.scan(one_repeat, x, stacked, unroll=self.unroll)
         return self.merger(x.reshape(rows, windows * slots, -1))
