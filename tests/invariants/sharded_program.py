@@ -16,30 +16,48 @@ import numpy as np
 
 from tests.rl.tiny_update import CONFIG, FREEZE, GRPO, SOURCES, TX, make_batch
 from vtriune_jax import models, sharding
+from vtriune_jax.aot.hlo import Module
 from vtriune_jax.models.attention import on_each_device
 from vtriune_jax.models.kernels import splash, xla
+from vtriune_jax.rl.losses import LossConfig
 from vtriune_jax.rl.update import abstract_state, jit_update
 
 NARROW = replace(CONFIG, dtype="bfloat16", remat="full", tied=False)
 
 
-def collectives() -> dict[str, list[str]]:
-    """Kind → types and shapes that devices send, before the CPU's compiler widens bfloat16."""
+def lowered(loss: LossConfig) -> jax.stages.Lowered:
+    """The update of one micro-batch, its parameters cut over eight devices."""
     mesh = sharding.make_mesh(1, 8, 1)
     graphdef, params = models.abstract(NARROW)
     state = abstract_state(params, TX, FREEZE)
-    update = jit_update(
-        graphdef, TX, GRPO, mesh, state, num_sources=SOURCES, freeze=FREEZE, micro_batches=1
-    )
+    update = jit_update(graphdef, TX, loss, mesh, state, num_sources=SOURCES, freeze=FREEZE)
+    return update.lower(state, make_batch())
+
+
+def collectives() -> dict[str, list[str]]:
+    """Kind → types and shapes that devices send, before the CPU's compiler widens bfloat16."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partition.*"}
-        update.lower(state, make_batch()).compile(compiler_options=options)
+        lowered(GRPO).compile(compiler_options=options)
         (file,) = Path(folder).glob("*after_spmd-partitioning*")
         text = file.read_text()
     found: dict[str, list[str]] = {}
     for shape, kind in re.findall(r"= (\w+\[[\d,]*\])\S* (all-gather|all-reduce)\(", text):
         found.setdefault(kind, []).append(shape)
     return found
+
+
+def head_sums() -> int:
+    """How often the head's gradient is added up over devices, with logits in many chunks."""
+    program = Module(lowered(replace(GRPO, max_logits=1)).compile().as_text())
+    embed, vocab = NARROW.text.embed, NARROW.text.vocab
+    return sum(
+        times
+        for name, times in program.turns()
+        for line in program.computations[name]
+        if re.match("all-reduce|reduce-scatter", line.opcode)
+        and re.search(rf"f32\[({embed},{vocab}|{embed // 8},{vocab})\]", line.shape)
+    )
 
 
 def kernel_error(sizes: tuple[int, int, int], kv_heads: int) -> float:
@@ -78,7 +96,8 @@ def main() -> None:
         "rows and heads, keys' heads repeated": kernel_error((2, 1, 4), 2),
         "heads that do not divide": kernel_error((1, 1, 8), 1),
     }
-    print(json.dumps({"collectives": collectives(), "errors": errors}))
+    found = {"collectives": collectives(), "head sums": head_sums(), "errors": errors}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,10 @@ def test_gradients_are_added_up_in_float32(report):
     assert {"f32[32,48]", "f32[32]", "f32[16]"} <= set(sums)  # a matrix, a norm, a bias
 
 
+def test_the_gradient_of_the_head_is_added_up_once_for_all_chunks(report):
+    assert report["head sums"] == 1
+
+
 def test_a_kernel_on_every_device_gives_what_xla_gives_on_one(report):
     assert len(report["errors"]) == 3
     assert max(report["errors"].values()) < 1e-5, report["errors"]
