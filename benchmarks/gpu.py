@@ -14,7 +14,8 @@ steps of all cases in one process, torch first: together they do not fit into a 
 makes the checkpoint too. --peer is a Python with torch and transformers 5.
 
 MFU counts what the model needs (`aot.flops.model_flops`), each image once per sequence in torch's
-rows, at the peak of the data sheet. Times are medians, without the first two steps. --unroll: with `model.unroll`.
+rows, at the peak of the data sheet. Times are medians, without the first two steps. --unroll sets
+`model.unroll` on our side.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from vtriune_jax.models.gathering import gather_kernels
 from vtriune_jax.models.platform import platform
 
 ATTENDED, MAPPED = "attended", "mapped"
@@ -81,7 +82,11 @@ def through(
     which is little work for much memory; "attention": all but the result of attention, which grows
     with the square of the tokens; "full": everything but the layer's input.
     """
-    return jax.lax.scan(_checkpoint(layer, remat, unroll), x, stacked, unroll=unroll)
+
+    def body(x: Array, params: Any) -> tuple[Array, Any]:
+        return layer(x, gather_kernels(params, x.dtype))
+
+    return jax.lax.scan(_checkpoint(body, remat, unroll), x, stacked, unroll=unroll)
 
 
 def _checkpoint(layer: Callable, remat: str, unroll: bool) -> Callable:
