@@ -82,23 +82,23 @@ def through(
     which is little work for much memory; "attention": all but the result of attention, which grows
     with the square of the tokens; "full": everything but the layer's input.
     """
-
-    def body(x: Array, params: Any) -> tuple[Array, Any]:
-        return layer(x, gather_kernels(params, x.dtype))
-
-    return jax.lax.scan(_checkpoint(body, remat, unroll), x, stacked, unroll=unroll)
+    return jax.lax.scan(_checkpoint(layer, remat, unroll), x, stacked, unroll=unroll)
 
 
 def _checkpoint(layer: Callable, remat: str, unroll: bool) -> Callable:
     if remat == "none":
-        return layer
+        return layer  # without gathering, as what is gathered would be kept too
+
+    def gathering(x: Array, params: Any) -> tuple[Array, Any]:
+        return layer(x, gather_kernels(params, x.dtype))
+
     policies = jax.checkpoint_policies
     both = policies.save_from_both_policies
     attention = both(policies.save_only_these_names(ATTENDED), _of_cudnn)
     maps = both(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(MAPPED))
     policy = {"dots": both(maps, attention), "attention": attention, "full": None}[remat]
     # Across the turns of a scan XLA cannot merge what is computed again with the first time.
-    return jax.checkpoint(layer, prevent_cse=unroll, policy=policy)
+    return jax.checkpoint(gathering, prevent_cse=unroll, policy=policy)
 
 
 def _of_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
