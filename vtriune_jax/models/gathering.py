@@ -33,6 +33,9 @@ def gather_kernels(params: Any, dtype: Any) -> Any:
     The partitioner by itself would gather a matrix twice in the backward pass: for what is computed
     again, and for the gradient.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return params
 
     def each(path: tuple[Any, ...], leaf: Array) -> Array:
         keys = [str(step.key) for step in path if hasattr(step, "key")]
