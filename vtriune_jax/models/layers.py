@@ -16,7 +16,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from vtriune_jax.models.gathering import gather_kernels
 from vtriune_jax.models.platform import platform
 
 ATTENDED, MAPPED = "attended", "mapped"
@@ -90,7 +89,7 @@ def _checkpoint(layer: Callable, remat: str, unroll: bool) -> Callable:
         return layer  # without gathering, as what is gathered would be kept too
 
     def gathering(x: Array, params: Any) -> tuple[Array, Any]:
-        return layer(x, gather_kernels(params, x.dtype))
+        return layer(x, _gather_kernels(params, x.dtype))
 
     policies = jax.checkpoint_policies
     both = policies.save_from_both_policies
@@ -99,6 +98,43 @@ def _checkpoint(layer: Callable, remat: str, unroll: bool) -> Callable:
     policy = {"dots": both(maps, attention), "attention": attention, "full": None}[remat]
     # Across the turns of a scan XLA cannot merge what is computed again with the first time.
     return jax.checkpoint(gathering, prevent_cse=unroll, policy=policy)
+
+
+def _gather_kernels(params: Any, dtype: Any) -> Any:
+    """A layer's parameters with its matrices whole on each device, if a mesh cuts them over `fsdp`.
+
+    The partitioner by itself would gather them twice in the backward pass: for what is computed
+    again, and for the gradient. Matrices that are cut over `tensor` too are left to it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
+        return params
+
+    def each(path: tuple[Any, ...], leaf: Array) -> Array:
+        is_kernel = any(getattr(step, "key", "") == "kernel" for step in path)
+        return _gather(leaf, dtype) if is_kernel else leaf
+
+    return jax.tree_util.tree_map_with_path(each, params)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(matrix: Float[Array, "width out"], dtype: Any) -> Float[Array, "width out"]:
+    """Rounded to `dtype` on the way, in which all use it anyway; its gradient is not rounded."""
+    rounded = jax.lax.optimization_barrier(matrix.astype(dtype))  # before it is sent
+    rounded = jax.lax.with_sharding_constraint(rounded, P())
+    # Another one, as XLA takes a way to a narrow type and back for nothing.
+    return jax.lax.optimization_barrier(rounded).astype(matrix.dtype)
+
+
+def _gather_forward(matrix: Array, dtype: Any) -> tuple[Array, None]:
+    return _gather(matrix, dtype), None
+
+
+def _gather_backward(dtype: Any, kept: None, gradient: Array) -> tuple[Array]:
+    return (gradient,)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _of_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:

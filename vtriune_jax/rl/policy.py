@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 
 from vtriune_jax import sharding
 from vtriune_jax.models import lora, merge
-from vtriune_jax.models.gathering import gather
 from vtriune_jax.models.weights import flatten, unflatten
 from vtriune_jax.rl.logprobs import token_logps
 from vtriune_jax.rl.losses import LossConfig
@@ -71,9 +70,9 @@ def policy_logps(
     The mask is the batch's without tokens that are never sampled. The entropy has a gradient only
     if the loss asks for it.
     """
-    dtype = merge(graphdef, params).config.dtype
+    model = merge(graphdef, params)
+    model = merge(graphdef, _gather_vocabulary(params, mesh, model.config.dtype))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the model asks for it in many places
-        model = merge(graphdef, _gather_vocabulary(params, dtype))
         features, image_index = _features(model, batch)
         hidden = model(
             batch.ids,
@@ -186,7 +185,7 @@ def _without_adapters(params: Any) -> Any:
     return unflatten(flat | off)
 
 
-def _gather_vocabulary(params: Any, dtype: str) -> Any:
+def _gather_vocabulary(params: Any, mesh: Mesh, dtype: str) -> Any:
     """The embedding table and the head made whole over fsdp, once for all that is done with them.
 
     A lookup in a table whose width is cut gives activations whose width is cut, and the partitioner
@@ -194,8 +193,42 @@ def _gather_vocabulary(params: Any, dtype: str) -> Any:
     head would be gathered for every chunk of logits.
     """
     language = dict(params["language"])
-    for name, leaf in (("embed", "embedding"), ("head", "kernel")):
+    for name, leaf, whole in (
+        ("embed", "embedding", ("tensor", None)),
+        ("head", "kernel", (None, "tensor")),
+    ):
         if name in language:
             matrix = language[name][leaf]
-            language[name] = {leaf: gather(f"language/{name}/{leaf}", matrix, dtype)}
+            cut = sharding.spec(f"language/{name}/{leaf}", matrix.shape, mesh)
+            places = NamedSharding(mesh, P(*whole)), NamedSharding(mesh, cut)
+            language[name] = {leaf: _gather(matrix, dtype, *places)}
     return params | {"language": language}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(
+    matrix: Float[Array, "height width"], dtype: str, whole: NamedSharding, cut: NamedSharding
+) -> Float[Array, "height width"]:
+    """The matrix as `whole` says, rounded to `dtype` on the way, in which all use it anyway.
+
+    Its gradient is added up over devices unrounded, and each gets its part, as `cut` says.
+    """
+    rounded = jax.lax.with_sharding_constraint(matrix.astype(dtype), cut)
+    rounded = jax.lax.with_sharding_constraint(rounded, whole)
+    # The barrier, as XLA takes a way to a narrow type and back for nothing.
+    return jax.lax.optimization_barrier(rounded).astype(matrix.dtype)
+
+
+def _gather_forward(
+    matrix: Array, dtype: str, whole: NamedSharding, cut: NamedSharding
+) -> tuple[Array, None]:
+    return _gather(matrix, dtype, whole, cut), None
+
+
+def _gather_backward(
+    dtype: str, whole: NamedSharding, cut: NamedSharding, kept: None, gradient: Array
+) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(gradient, cut),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
