@@ -90,7 +90,8 @@ def policy_logps(
                 banned_ids=loss.banned_ids,
                 max_logits=loss.max_logits,
                 entropy_gradient=loss.entropy_weight != 0,
-            )
+            ),
+            mesh,
         )(states, model.head(), targets)
     mask = batch.mask
     if loss.banned_ids:
@@ -163,12 +164,14 @@ def split_rows(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(*split, *x.shape[1:]), 0, 1), batch)
 
 
-def _own_rows(logps: Callable[..., Any]) -> Callable[..., Any]:
+def _own_rows(logps: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """`token_logps` by each device of the rows that lie there.
 
     So the gradient of the head is added up over devices once. The partitioner by itself would do
     that for every chunk of logits: half of all that an update of orsta_3b sends.
     """
+    if sharding.row_shards(mesh) == 1:
+        return logps
     rows = ("data", "fsdp")
     return jax.shard_map(
         logps,
