@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vtriune_jax.errors import UserError
@@ -108,7 +108,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     )
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The partition of one parameter; a dimension that its axis does not divide stays whole."""
     if not path:
         return P()

@@ -109,32 +109,38 @@ def _gather_kernels(params: Any, dtype: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
         return params
+    as_it_is = P(P.UNCONSTRAINED, P.UNCONSTRAINED)
 
     def each(path: tuple[Any, ...], leaf: Array) -> Array:
         is_kernel = any(getattr(step, "key", "") == "kernel" for step in path)
-        return _gather(leaf, dtype) if is_kernel else leaf
+        return gather(leaf, dtype, P(), as_it_is) if is_kernel else leaf
 
     return jax.tree_util.tree_map_with_path(each, params)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(matrix: Float[Array, "width out"], dtype: Any) -> Float[Array, "width out"]:
-    """Rounded to `dtype` on the way, in which all use it anyway; its gradient is not rounded."""
-    rounded = jax.lax.optimization_barrier(matrix.astype(dtype))  # before it is sent
-    rounded = jax.lax.with_sharding_constraint(rounded, P())
-    # Another one, as XLA takes a way to a narrow type and back for nothing.
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather(
+    matrix: Float[Array, "height width"], dtype: Any, whole: Any, cut: Any
+) -> Float[Array, "height width"]:
+    """The matrix as `whole` says, rounded to `dtype` on the way, in which all use it anyway.
+
+    Its gradient is added up over devices unrounded, and each gets its part, as `cut` says.
+    """
+    rounded = jax.lax.with_sharding_constraint(matrix.astype(dtype), cut)
+    rounded = jax.lax.with_sharding_constraint(rounded, whole)
+    # The barrier, as XLA takes a way to a narrow type and back for nothing.
     return jax.lax.optimization_barrier(rounded).astype(matrix.dtype)
 
 
-def _gather_forward(matrix: Array, dtype: Any) -> tuple[Array, None]:
-    return _gather(matrix, dtype), None
+def _gather_forward(matrix: Array, dtype: Any, whole: Any, cut: Any) -> tuple[Array, None]:
+    return gather(matrix, dtype, whole, cut), None
 
 
-def _gather_backward(dtype: Any, kept: None, gradient: Array) -> tuple[Array]:
-    return (gradient,)
+def _gather_backward(dtype: Any, whole: Any, cut: Any, kept: None, gradient: Array) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(gradient, cut),)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _of_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:

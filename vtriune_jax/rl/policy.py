@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from vtriune_jax import sharding
 from vtriune_jax.models import lora, merge
+from vtriune_jax.models.layers import gather
 from vtriune_jax.models.weights import flatten, unflatten
 from vtriune_jax.rl.logprobs import token_logps
 from vtriune_jax.rl.losses import LossConfig
@@ -72,7 +73,7 @@ def policy_logps(
     """
     model = merge(graphdef, params)
     model = merge(graphdef, _gather_vocabulary(params, mesh, model.config.dtype))
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the model asks for it in many places
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # `models` asks for it
         features, image_index = _features(model, batch)
         hidden = model(
             batch.ids,
@@ -168,16 +169,16 @@ def _own_rows(logps: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """`token_logps` by each device of the rows that lie there.
 
     So the gradient of the head is added up over devices once. The partitioner by itself would do
-    that for every chunk of logits: half of all that an update of orsta_3b sends.
+    that for every chunk of logits.
     """
     if sharding.row_shards(mesh) == 1:
         return logps
-    rows = ("data", "fsdp")
+    rows = sharding.ROWS
     return jax.shard_map(
         logps,
-        in_specs=(P(rows), P(), P(rows)),
-        out_specs=P(rows),
-        axis_names=set(rows),
+        in_specs=(rows, P(), rows),
+        out_specs=rows,
+        axis_names=set(rows[0]),
         check_vma=False,
     )
 
@@ -204,34 +205,5 @@ def _gather_vocabulary(params: Any, mesh: Mesh, dtype: str) -> Any:
             matrix = language[name][leaf]
             cut = sharding.spec(f"language/{name}/{leaf}", matrix.shape, mesh)
             places = NamedSharding(mesh, P(*whole)), NamedSharding(mesh, cut)
-            language[name] = {leaf: _gather(matrix, dtype, *places)}
+            language[name] = {leaf: gather(matrix, dtype, *places)}
     return params | {"language": language}
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(
-    matrix: Float[Array, "height width"], dtype: str, whole: NamedSharding, cut: NamedSharding
-) -> Float[Array, "height width"]:
-    """The matrix as `whole` says, rounded to `dtype` on the way, in which all use it anyway.
-
-    Its gradient is added up over devices unrounded, and each gets its part, as `cut` says.
-    """
-    rounded = jax.lax.with_sharding_constraint(matrix.astype(dtype), cut)
-    rounded = jax.lax.with_sharding_constraint(rounded, whole)
-    # The barrier, as XLA takes a way to a narrow type and back for nothing.
-    return jax.lax.optimization_barrier(rounded).astype(matrix.dtype)
-
-
-def _gather_forward(
-    matrix: Array, dtype: str, whole: NamedSharding, cut: NamedSharding
-) -> tuple[Array, None]:
-    return _gather(matrix, dtype, whole, cut), None
-
-
-def _gather_backward(
-    dtype: str, whole: NamedSharding, cut: NamedSharding, kept: None, gradient: Array
-) -> tuple[Array]:
-    return (jax.lax.with_sharding_constraint(gradient, cut),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
