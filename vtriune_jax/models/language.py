@@ -21,11 +21,13 @@ from vtriune_jax.models.layers import (
     Linear,
     RMSNorm,
     SwiGLU,
+    Turns,
     frequencies,
     on_rows,
     rotate,
     stack,
     through,
+    turns,
     unstack,
 )
 from vtriune_jax.models.lora import adapt, fold
@@ -50,15 +52,13 @@ class SelfAttention(nnx.Module):
         self.v = Linear(width, kv_width, bias=True)
         self.o = Linear(width, width, bias=False)
 
-    def qkv(
-        self, x: Float[Array, "*rows tokens embed"], angles: Float[Array, "*rows tokens half"]
-    ) -> tuple[Array, Array, Array]:
+    def qkv(self, x: Float[Array, "*rows tokens embed"], by: Turns) -> tuple[Array, Array, Array]:
         """Queries, keys and values, each `[*rows, tokens, its heads, head_dim]`, rotated."""
         query, key, value = (
             linear(x).reshape(*x.shape[:-1], -1, self.head_dim)
             for linear in (self.q, self.k, self.v)
         )
-        return rotate(query, angles), rotate(key, angles), value
+        return rotate(query, by), rotate(key, by), value
 
 
 class Layer(nnx.Module):
@@ -148,12 +148,12 @@ class LanguageModel(nnx.Module):
         keep: Callable[[Array, Array], Any],
         slots: tuple[int, int] | None = None,
     ) -> tuple[Array, Any]:
-        angles = mrope_angles(positions, self.config)
+        by = turns(mrope_angles(positions, self.config))
         stacked, build = unstack(self.layers)
 
         def layer(x: Array, params: Any) -> tuple[Array, Any]:
             this: Layer = build(params)
-            query, key, value = this.attn.qkv(this.attn_norm(x), angles)
+            query, key, value = this.attn.qkv(this.attn_norm(x), by)
             attended = attention(
                 query, key, value, segments, causal=True, slots=slots, kernel=self.attention
             )
@@ -173,11 +173,11 @@ class LanguageModel(nnx.Module):
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "groups n embed"], tuple[KV, ...]]:
         """Run one new token of each completion, storing its keys and values at `index` of `own`."""
-        angles = positions[..., None] * frequencies(self.config.head_dim, self.config.rope_theta)
+        by = turns(positions[..., None] * frequencies(self.config.head_dim, self.config.rope_theta))
         stored = []
         # Not a scan: it would copy each layer's parameters, keys and values on every step.
         for layer, prompt_kv, kv in zip(layers, prompt, own, strict=True):
-            query, key, value = layer.attn.qkv(layer.attn_norm(x), angles)
+            query, key, value = layer.attn.qkv(layer.attn_norm(x), by)
             attended = decode_attention(query, key, value, prompt_kv, prompt_segments, kv, index)
             # The sum makes XLA write after it has read; its CPU backend would write into copies.
             key, value = (new + 0 * attended[:, :, :1] for new in (key, value))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +35,31 @@ def on_rows(x: Float[Array, "rows *rest"]) -> Float[Array, "rows *rest"]:
     return jax.lax.with_sharding_constraint(x, P(("data", "fsdp")))
 
 
+class Turns(NamedTuple):
+    """Cosine and sine of rotary angles."""
+
+    cos: Float[Array, "*rows tokens half"]
+    sin: Float[Array, "*rows tokens half"]
+
+
+def turns(angles: Float[Array, "*rows tokens half"]) -> Turns:
+    """Their cosine and sine, computed once for all heads and layers.
+
+    XLA's CPU backend would do so anew for every element that they turn, unless something makes it
+    store them: a product, here with 1.
+    """
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if platform() == "cpu":
+        one = jnp.eye(angles.shape[-1], dtype=angles.dtype)
+        cos, sin = cos @ one, sin @ one
+    return Turns(cos, sin)
+
+
 def rotate(
-    x: Float[Array, "*rows tokens heads head_dim"], angles: Float[Array, "*rows tokens half"]
+    x: Float[Array, "*rows tokens heads head_dim"], by: Turns
 ) -> Float[Array, "*rows tokens heads head_dim"]:
     """Turn the pairs (x[i], x[i + head_dim/2]) by their angles, in float32."""
-    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    cos, sin = by.cos[..., None, :], by.sin[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

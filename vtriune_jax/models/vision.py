@@ -22,11 +22,13 @@ from vtriune_jax.models.layers import (
     Linear,
     RMSNorm,
     SwiGLU,
+    Turns,
     frequencies,
     on_rows,
     rotate,
     stack,
     through,
+    turns,
     unstack,
 )
 from vtriune_jax.types import Vision
@@ -82,14 +84,14 @@ class VisionAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "rows tokens embed"],
-        angles: Float[Array, "rows tokens half"],
+        by: Turns,
         segments: Int[Array, "rows tokens"],
     ) -> Float[Array, "rows tokens embed"]:
         """Attend inside each row."""
         rows, tokens, embed = x.shape
         qkv = self.qkv(x).reshape(rows, tokens, 3, self.heads, -1)
         query, key, value = (qkv[:, :, i] for i in range(3))
-        query, key = rotate(query, angles), rotate(key, angles)
+        query, key = rotate(query, by), rotate(key, by)
         out = attention(query, key, value, segments, causal=False, kernel=self.kernel)
         return self.proj(out.reshape(rows, tokens, embed))
 
@@ -106,11 +108,11 @@ class VisionBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "rows tokens embed"],
-        angles: Float[Array, "rows tokens half"],
+        by: Turns,
         segments: Int[Array, "rows tokens"],
     ) -> Float[Array, "rows tokens embed"]:
         """One layer."""
-        x = x + self.attn(self.norm1(x), angles, segments)
+        x = x + self.attn(self.norm1(x), by, segments)
         return on_rows(x + self.mlp(self.norm2(x)))
 
 
@@ -145,7 +147,7 @@ class VisionTower(nnx.Module):
         if windows == 0:
             return jnp.zeros((rows, 0, self.config.out), self.dtype)
         x = self.patch_embed(normalise(jnp.asarray(vision.patches)).astype(self.dtype))
-        angles = vision_angles(jnp.asarray(vision.positions), self.config)
+        by = turns(vision_angles(jnp.asarray(vision.positions), self.config))
         segments = jnp.asarray(vision.segments)
         repeats, runs = attention_runs(self.config)
         stacked, build = unstack(self.blocks)
@@ -154,7 +156,7 @@ class VisionTower(nnx.Module):
         def run_layers(x: Array, layers: Any, full: bool) -> Array:
             """One run of layers of the same kind; full layers take a whole row as one window."""
             tokens = windows * slots if full else slots
-            here = tuple(a.reshape(-1, tokens, *a.shape[3:]) for a in (angles, segments))
+            here = jax.tree.map(lambda a: a.reshape(-1, tokens, *a.shape[3:]), (by, segments))
 
             def layer(x: Array, params: Any) -> tuple[Array, None]:
                 return build(params)(x, *here), None

@@ -53,6 +53,8 @@ def _whole_rows(
 ) -> list[Float[Array, "rows kv_heads group queries head_dim"]]:
     """The result of each block of queries."""
     tokens = query.shape[3]
+    # As they lie then, their gradients are products that CPUs make twice as fast.
+    key, value = (jnp.swapaxes(x, 2, 3) for x in (key, value))
     size = max(QUERIES, -(-tokens // BLOCKS))
     done = []
     for start in range(0, tokens, size):
@@ -62,7 +64,7 @@ def _whole_rows(
         mask &= (segments != 0)[:, None, :seen]
         if causal:
             mask &= jnp.arange(seen) <= jnp.arange(start, end)[:, None]
-        done.append(_attend(query[:, :, :, start:end], key[:, :, :seen], value[:, :, :seen], mask))
+        done.append(_attend(query[:, :, :, start:end], key[..., :seen], value[..., :seen], mask))
     return done
 
 
@@ -114,20 +116,20 @@ def _with_slots(
 @partial(jax.checkpoint, prevent_cse=False)
 def _attend(
     query: Float[Array, "rows kv_heads group queries head_dim"],
-    key: Float[Array, "rows kv_heads keys head_dim"],
-    value: Float[Array, "rows kv_heads keys head_dim"],
+    key: Float[Array, "rows kv_heads head_dim keys"],
+    value: Float[Array, "rows kv_heads head_dim keys"],
     mask: Bool[Array, "rows queries keys"],
 ) -> Float[Array, "rows kv_heads group queries head_dim"]:
     """softmax(query · key) · value; the heads of a group share one matmul."""
     *_, group, queries, head_dim = query.shape
     flat = query.reshape(*key.shape[:2], group * queries, head_dim)
-    logits = jnp.einsum("rkqd,rktd->rkqt", flat, key, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("rkqd,rkdt->rkqt", flat, key, preferred_element_type=jnp.float32)
     logits = logits.reshape(*query.shape[:-1], -1)
     logits = jnp.where(mask[:, None, None], logits, MASKED)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)
     out = jnp.einsum(
-        "rkqt,rktd->rkqd",
+        "rkqt,rkdt->rkqd",
         weights.reshape(*flat.shape[:-1], -1).astype(value.dtype),
         value,
         preferred_element_type=jnp.float32,
