@@ -41,7 +41,7 @@ from vtriune_jax.data.packing import pack, stack_vision
 from vtriune_jax.data.prompts import Prompter
 from vtriune_jax.data.rows import Slots, choose, needs
 from vtriune_jax.data.tokenizer import load_processor
-from vtriune_jax.main import cache_folder
+from vtriune_jax.main import programs_folder
 from vtriune_jax.models import layout
 from vtriune_jax.optim import OptimConfig, make_optimizer
 from vtriune_jax.rewards.assignment import optimal
@@ -72,7 +72,7 @@ def main() -> None:
     if args.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     tell_compilers()
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+    jax.config.update("jax_compilation_cache_dir", str(programs_folder()))
     metrics = bench(args, "-text" in args.case, dtype)
     metrics["peak_rss_mb"] = metrics.get("peak_rss_mb") or peak_mb()
     print("BENCH_JSON " + json.dumps({"case": args.case, "metrics": metrics}), flush=True)

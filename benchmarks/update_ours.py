@@ -44,7 +44,7 @@ from vtriune_jax.data.packing import stack_vision
 from vtriune_jax.data.prompts import Prompter
 from vtriune_jax.data.rows import Slots
 from vtriune_jax.data.tokenizer import load_processor, write_processor
-from vtriune_jax.main import cache_folder
+from vtriune_jax.main import programs_folder
 from vtriune_jax.models import layout
 from vtriune_jax.models.config import ModelConfig
 from vtriune_jax.optim import OptimConfig, make_optimizer
@@ -62,7 +62,7 @@ NO_REWARD = RewardConfig("mathverify", "")
 def main(what: str, folder: Path, *preset: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     tell_compilers()
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+    jax.config.update("jax_compilation_cache_dir", str(programs_folder()))
     if what == "prepare":
         prepare(folder, *preset)
     elif what == "step":
