@@ -66,7 +66,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--micro_batches", type=int, default=4)
-    parser.add_argument("--remat", default="dots", choices=("none", "dots", "full"))
+    parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
+    parser.add_argument("--unroll", type=int, default=1, help="0: one layer is compiled, a loop")
     args = parser.parse_args()
     bench, dtype = bench_of(args.case)
     if args.device == "cpu":
@@ -105,7 +106,7 @@ def bench_of(case: str) -> tuple[Callable[..., dict[str, float]], str]:
 
 def train(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
     """One update on the driver's batch: forward, backward, clip, AdamW; both towers are trained."""
-    graphdef, params, config = load(args.ckpt, dtype, args.remat)
+    graphdef, params, config = load(args.ckpt, dtype, args.remat, bool(args.unroll))
     data = read(args.ckpt, "train", text_only)
     response = data["response_mask"].shape[1]
     groups = [
@@ -180,7 +181,7 @@ def whole_step(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
     sys.path.insert(0, os.getcwd())  # the driver runs us in its own folder, where its tasks are
     import data as task  # pyright: ignore[reportMissingImports]
 
-    graphdef, params, config = load(args.ckpt, dtype, args.remat)
+    graphdef, params, config = load(args.ckpt, dtype, args.remat, bool(args.unroll))
     prompter = Prompter(load_processor(args.ckpt), config, cot=False)
     samples = task.digit_samples(2 * (args.steps + args.warmup), 224, 0)
     prompts = [prompter(sample_of(s, task, text_only, i)) for i, s in enumerate(samples)]
@@ -276,8 +277,10 @@ def match(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
 # ------------------------------------------------------------------------------------- the parts
 
 
-def load(path: Path, dtype: str, remat: str = "none") -> tuple[Any, Any, models.ModelConfig]:
-    model = models.load_pretrained(path, dtype=dtype, remat=remat)
+def load(
+    path: Path, dtype: str, remat: str = "none", unroll: bool = False
+) -> tuple[Any, Any, models.ModelConfig]:
+    model = models.load_pretrained(path, dtype=dtype, remat=remat, unroll=unroll)
     return *models.split(model), model.config
 
 
