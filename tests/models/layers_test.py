@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from vtriune_jax.models import layers
-from vtriune_jax.models.layers import SwiGLU
+from vtriune_jax.models.layers import SwiGLU, rotate, turns
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -36,3 +36,26 @@ def test_zeros_that_align_matrices_on_gpus_change_nothing(bias, monkeypatch):
     assert 16 in widths[1]
     for ours, theirs in zip(jax.tree.leaves(aligned), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_cosine_and_sine_are_computed_once_and_exactly():
+    """Storing them on CPUs takes a product, which must not change a bit."""
+    rng = np.random.default_rng(0)
+    angles = rng.uniform(-1e4, 1e4, (2, 16, 32)).astype(np.float32)
+    query, key = (rng.standard_normal((2, 16, heads, 64), np.float32) for heads in (4, 2))
+
+    @jax.jit
+    def both(angles, query, key):
+        by = turns(angles)
+        return by, (rotate(query, by), rotate(key, by))
+
+    by, turned = both(angles, query, key)
+    np.testing.assert_array_equal(by.cos, jax.jit(jax.numpy.cos)(angles))
+    np.testing.assert_array_equal(by.sin, jax.jit(jax.numpy.sin)(angles))
+    cos, sin = np.asarray(by.cos)[:, :, None], np.asarray(by.sin)[:, :, None]
+    for x, y in zip((query, key), turned, strict=True):
+        first, second = x[..., :32], x[..., 32:]
+        expected = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
+    compiled = both.lower(angles, query, key).compile().as_text()
+    assert [compiled.count(f" {op}(") for op in ("cosine", "sine")] == [1, 1]
