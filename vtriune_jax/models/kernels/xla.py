@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vtriune_jax.models.platform import platform
+
 QUERIES = 128
 """Queries that look at their keys together, at least: causal ones skip the keys behind them."""
 BLOCKS = 8
@@ -53,8 +55,10 @@ def _whole_rows(
 ) -> list[Float[Array, "rows kv_heads group queries head_dim"]]:
     """The result of each block of queries."""
     tokens = query.shape[3]
-    # As they lie then, their gradients are products that CPUs make twice as fast.
-    key, value = (jnp.swapaxes(x, 2, 3) for x in (key, value))
+    laid, axis = "rktd", 2
+    if platform() == "cpu":  # whose products for the gradients are twice as fast then
+        key, value = (jnp.swapaxes(x, 2, 3) for x in (key, value))
+        laid, axis = "rkdt", 3
     size = max(QUERIES, -(-tokens // BLOCKS))
     done = []
     for start in range(0, tokens, size):
@@ -64,7 +68,8 @@ def _whole_rows(
         mask &= (segments != 0)[:, None, :seen]
         if causal:
             mask &= jnp.arange(seen) <= jnp.arange(start, end)[:, None]
-        done.append(_attend(query[:, :, :, start:end], key[..., :seen], value[..., :seen], mask))
+        seen_key, seen_value = (jax.lax.slice_in_dim(x, 0, seen, axis=axis) for x in (key, value))
+        done.append(_attend(query[:, :, :, start:end], seen_key, seen_value, mask, laid))
     return done
 
 
@@ -113,23 +118,27 @@ def _with_slots(
     ]
 
 
-@partial(jax.checkpoint, prevent_cse=False)
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=4)
 def _attend(
     query: Float[Array, "rows kv_heads group queries head_dim"],
-    key: Float[Array, "rows kv_heads head_dim keys"],
-    value: Float[Array, "rows kv_heads head_dim keys"],
+    key: Float[Array, "rows kv_heads _ _"],
+    value: Float[Array, "rows kv_heads _ _"],
     mask: Bool[Array, "rows queries keys"],
+    laid: str,
 ) -> Float[Array, "rows kv_heads group queries head_dim"]:
-    """softmax(query · key) · value; the heads of a group share one matmul."""
+    """softmax(query · key) · value; the heads of a group share one matmul.
+
+    Keys and values are `laid` as "rktd" or "rkdt" says: rows, kv_heads, keys and head_dim.
+    """
     *_, group, queries, head_dim = query.shape
     flat = query.reshape(*key.shape[:2], group * queries, head_dim)
-    logits = jnp.einsum("rkqd,rkdt->rkqt", flat, key, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(f"rkqd,{laid}->rkqt", flat, key, preferred_element_type=jnp.float32)
     logits = logits.reshape(*query.shape[:-1], -1)
     logits = jnp.where(mask[:, None, None], logits, MASKED)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)
     out = jnp.einsum(
-        "rkqt,rkdt->rkqd",
+        f"rkqt,{laid}->rkqd",
         weights.reshape(*flat.shape[:-1], -1).astype(value.dtype),
         value,
         preferred_element_type=jnp.float32,
