@@ -26,9 +26,8 @@ from update_work import PRESETS, RATE, arrays, say
 from vtriune_jax import models, sharding
 from vtriune_jax.aot import flops, topology
 from vtriune_jax.aot.program import Program
-from vtriune_jax.commands import tell_compilers
+from vtriune_jax.commands import keep_programs, tell_compilers
 from vtriune_jax.data.packing import pack, stack_vision
-from vtriune_jax.main import programs_folder
 from vtriune_jax.models import ModelConfig, weights
 from vtriune_jax.models.pretrained import config_text
 from vtriune_jax.optim import OptimConfig, make_optimizer, partition
@@ -45,7 +44,7 @@ def main(what: str, folder: Path, size: str, steps: str, *words: str) -> None:
         prepare(folder, size, work)
         return
     tell_compilers()
-    jax.config.update("jax_compilation_cache_dir", str(programs_folder()))
+    keep_programs()
     start = time.perf_counter()
     graphdef, params, config = load(folder, work, "unroll" in words)
     say(case="load", seconds=[time.perf_counter() - start])

@@ -35,13 +35,12 @@ from sampler import engine_of
 from update_work import cpu_seconds, peak_mb
 
 from vtriune_jax import models, sharding
-from vtriune_jax.commands import tell_compilers
+from vtriune_jax.commands import keep_programs, tell_compilers
 from vtriune_jax.data import images
 from vtriune_jax.data.packing import pack, stack_vision
 from vtriune_jax.data.prompts import Prompter
 from vtriune_jax.data.rows import Slots, choose, needs
 from vtriune_jax.data.tokenizer import load_processor
-from vtriune_jax.main import programs_folder
 from vtriune_jax.models import layout
 from vtriune_jax.optim import OptimConfig, make_optimizer
 from vtriune_jax.rewards.assignment import optimal
@@ -67,13 +66,13 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--micro_batches", type=int, default=4)
     parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
-    parser.add_argument("--unroll", type=int, default=1, help="0: one layer is compiled, a loop")
+    parser.add_argument("--unroll", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     bench, dtype = bench_of(args.case)
     if args.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     tell_compilers()
-    jax.config.update("jax_compilation_cache_dir", str(programs_folder()))
+    keep_programs()
     metrics = bench(args, "-text" in args.case, dtype)
     metrics["peak_rss_mb"] = metrics.get("peak_rss_mb") or peak_mb()
     print("BENCH_JSON " + json.dumps({"case": args.case, "metrics": metrics}), flush=True)
@@ -106,7 +105,7 @@ def bench_of(case: str) -> tuple[Callable[..., dict[str, float]], str]:
 
 def train(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
     """One update on the driver's batch: forward, backward, clip, AdamW; both towers are trained."""
-    graphdef, params, config = load(args.ckpt, dtype, args.remat, bool(args.unroll))
+    graphdef, params, config = load(args.ckpt, dtype, args.remat, args.unroll)
     data = read(args.ckpt, "train", text_only)
     response = data["response_mask"].shape[1]
     groups = [
@@ -181,7 +180,7 @@ def whole_step(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
     sys.path.insert(0, os.getcwd())  # the driver runs us in its own folder, where its tasks are
     import data as task  # pyright: ignore[reportMissingImports]
 
-    graphdef, params, config = load(args.ckpt, dtype, args.remat, bool(args.unroll))
+    graphdef, params, config = load(args.ckpt, dtype, args.remat, args.unroll)
     prompter = Prompter(load_processor(args.ckpt), config, cot=False)
     samples = task.digit_samples(2 * (args.steps + args.warmup), 224, 0)
     prompts = [prompter(sample_of(s, task, text_only, i)) for i, s in enumerate(samples)]

@@ -38,13 +38,12 @@ from update_work import (
 )
 
 from vtriune_jax import models, sharding
-from vtriune_jax.commands import tell_compilers
+from vtriune_jax.commands import keep_programs, tell_compilers
 from vtriune_jax.data import digits
 from vtriune_jax.data.packing import stack_vision
 from vtriune_jax.data.prompts import Prompter
 from vtriune_jax.data.rows import Slots
 from vtriune_jax.data.tokenizer import load_processor, write_processor
-from vtriune_jax.main import programs_folder
 from vtriune_jax.models import layout
 from vtriune_jax.models.config import ModelConfig
 from vtriune_jax.optim import OptimConfig, make_optimizer
@@ -62,7 +61,7 @@ NO_REWARD = RewardConfig("mathverify", "")
 def main(what: str, folder: Path, *preset: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     tell_compilers()
-    jax.config.update("jax_compilation_cache_dir", str(programs_folder()))
+    keep_programs()
     if what == "prepare":
         prepare(folder, *preset)
     elif what == "step":

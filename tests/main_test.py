@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -11,7 +10,7 @@ import pytest
 
 from vtriune_jax import config as configs
 from vtriune_jax.errors import UserError
-from vtriune_jax.main import disk_full, main, programs_folder
+from vtriune_jax.main import disk_full, main
 
 QUICKSTART = str(configs.REPOSITORY / "configs" / "quickstart.py")
 
@@ -51,16 +50,15 @@ def test_the_trainer_gets_the_config_and_the_workdir(train, tmp_path):
     (config, workdir), *_ = train.calls
     assert (config.grpo.lr, config.seed) == (2e-4, 3)
     assert json.loads((workdir / "config.json").read_text())["seed"] == 3
-    folder = Path(jax.config.values["jax_compilation_cache_dir"])
-    assert folder.parent == tmp_path / "cache" / "vtriune_jax"
 
 
-def test_programs_for_other_cores_stay_elsewhere(monkeypatch):
-    folders = set()
-    for cores in ({0}, {0, 1}, {2, 5}):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)
-        folders.add(programs_folder())
-    assert len(folders) == 2
+@pytest.mark.parametrize(("cores", "name"), [({3}, "jax-1-cores"), ({2, 5}, "jax-2-cores")])
+def test_programs_for_other_cores_stay_elsewhere(cores, name, train, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores, raising=False)
+    assert main(command(tmp_path)) == 0
+    assert jax.config.values["jax_compilation_cache_dir"] == str(
+        tmp_path / "cache" / "vtriune_jax" / name
+    )
 
 
 def test_the_last_workdir_counts(train, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from absl import flags
 
@@ -39,6 +40,23 @@ def tell_compilers() -> None:
     more = [flag for flag in ours if flag.partition("=")[0] not in given]
     if more:
         os.environ["XLA_FLAGS"] = " ".join([*given.split(), *more])
+
+
+def keep_programs() -> None:
+    """Has JAX keep compiled programs between runs, unless the user has said where, by the XDG
+    convention.
+
+    XLA cuts programs for CPUs to suit the cores that it sees, of which JAX's name of a program says
+    nothing: each number of cores has a folder.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    import jax  # takes a while: not for those who only want flags
+
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    folder = caches / "vtriune_jax" / f"jax-{cores}-cores"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def fill(options: flags.FlagValues, words: Sequence[str], needed: Sequence[str]) -> None:

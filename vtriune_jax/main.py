@@ -32,7 +32,7 @@ from typing import Any
 from absl import flags
 
 from vtriune_jax import config as configs
-from vtriune_jax.commands import fill, tell_compilers
+from vtriune_jax.commands import fill, keep_programs, tell_compilers
 from vtriune_jax.errors import UserError
 
 
@@ -123,8 +123,7 @@ def train(options: flags.FlagValues, overrides: Sequence[tuple[str, str]]) -> No
 
     from vtriune_jax import hosts
 
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(programs_folder()))
+    keep_programs()
     hosts.join(options.coordinator, options.processes, options.process, options.wait)
     workdir = Path(options.workdir)
     hosts.check_same("settings", _settings(config, jax.__version__))
@@ -150,17 +149,6 @@ def _settings(config: Any, version: str) -> dict[str, Any]:
     flat = configs.flatten(config.to_dict())
     found = {key: value for key, value in flat.items() if not re.fullmatch(own, key)}
     return {**found, "the version of jax": version}
-
-
-def programs_folder() -> Path:
-    """Where compiled programs stay between runs, by the XDG convention.
-
-    XLA cuts programs for CPUs to suit the cores that it sees, of which JAX's name of a program says
-    nothing: each number of cores has a folder.
-    """
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return caches / "vtriune_jax" / f"jax-{cores}-cores"
 
 
 def disk_full(error: BaseException | None) -> bool:

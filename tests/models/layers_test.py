@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from vtriune_jax import sharding
 from vtriune_jax.models import layers
-from vtriune_jax.models.layers import SwiGLU, rotate, turns
+from vtriune_jax.models.layers import SwiGLU, rotate, through, turns
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -59,3 +60,22 @@ def test_cosine_and_sine_are_computed_once_and_exactly():
         np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
     compiled = both.lower(angles, query, key).compile().as_text()
     assert [compiled.count(f" {op}(") for op in ("cosine", "sine")] == [1, 1]
+
+
+def test_nothing_is_gathered_where_nothing_is_cut():
+    """With devices that share a matrix: tests/invariants."""
+    params = {"kernel": np.ones((3, 4, 4), np.float32)}
+
+    def program() -> str:
+        def layer(x, params):
+            return x @ params["kernel"], None
+
+        def run(x):
+            return through(layer, x, params, remat="dots", unroll=False)[0]
+
+        return str(jax.make_jaxpr(run)(np.ones((2, 4), np.float32)))
+
+    assert "sharding_constraint" not in program()
+    for mesh, gathers in (((-1, 1, 1), False), ((1, -1, 1), jax.device_count() > 1)):
+        with jax.sharding.use_abstract_mesh(sharding.make_mesh(*mesh).abstract_mesh):
+            assert ("sharding_constraint" in program()) == gathers

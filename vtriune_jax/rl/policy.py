@@ -197,13 +197,11 @@ def _gather_vocabulary(params: Any, mesh: Mesh, dtype: str) -> Any:
     head would be gathered for every chunk of logits.
     """
     language = dict(params["language"])
-    for name, leaf, whole in (
-        ("embed", "embedding", ("tensor", None)),
-        ("head", "kernel", (None, "tensor")),
-    ):
+    for name, leaf in (("embed", "embedding"), ("head", "kernel")):
         if name in language:
             matrix = language[name][leaf]
             cut = sharding.spec(f"language/{name}/{leaf}", matrix.shape, mesh)
-            places = NamedSharding(mesh, P(*whole)), NamedSharding(mesh, cut)
+            whole = P(*(None if axis == "fsdp" else axis for axis in cut))
+            places = NamedSharding(mesh, whole), NamedSharding(mesh, cut)
             language[name] = {leaf: gather(matrix, dtype, *places)}
     return params | {"language": language}

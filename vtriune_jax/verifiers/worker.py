@@ -38,8 +38,9 @@ Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 def guarded(function: Callable[..., Any], *args: Any) -> Any:
     """Call foreign code; what it raises becomes the value.
 
-    The one broad `except` of the package: a verifier is code of third parties fed with text that a
-    model made up. Whatever goes wrong in it concerns one completion and must not end the training.
+    The one `except` of the package that lets nothing pass: a verifier is code of third parties fed
+    with text that a model made up. Whatever goes wrong in it concerns one completion and must not
+    end the training.
     """
     try:
         return function(*args)

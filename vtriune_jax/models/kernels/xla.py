@@ -55,10 +55,10 @@ def _whole_rows(
 ) -> list[Float[Array, "rows kv_heads group queries head_dim"]]:
     """The result of each block of queries."""
     tokens = query.shape[3]
-    laid, axis = "rktd", 2
-    if platform() == "cpu":  # whose products for the gradients are twice as fast then
+    laid = "rktd"
+    if platform() == "cpu":  # where the products for their gradients are faster then
         key, value = (jnp.swapaxes(x, 2, 3) for x in (key, value))
-        laid, axis = "rkdt", 3
+        laid = "rkdt"
     size = max(QUERIES, -(-tokens // BLOCKS))
     done = []
     for start in range(0, tokens, size):
@@ -68,8 +68,8 @@ def _whole_rows(
         mask &= (segments != 0)[:, None, :seen]
         if causal:
             mask &= jnp.arange(seen) <= jnp.arange(start, end)[:, None]
-        seen_key, seen_value = (jax.lax.slice_in_dim(x, 0, seen, axis=axis) for x in (key, value))
-        done.append(_attend(query[:, :, :, start:end], seen_key, seen_value, mask, laid))
+        cut = partial(jax.lax.slice_in_dim, start_index=0, limit_index=seen, axis=laid.index("t"))
+        done.append(_attend(query[:, :, :, start:end], cut(key), cut(value), mask, laid))
     return done
 
 
