@@ -12,13 +12,14 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 
+from vtriune_jax.data import resize
 from vtriune_jax.errors import UserError
 from vtriune_jax.models.config import PIXEL_MEAN, PIXEL_STD
 
@@ -58,26 +59,12 @@ def patches(
       UserError: a picture is broken, too large or too thin, or the limits leave no size.
     """
     limits = pixel_limits(processor, min_pixels, max_pixels)
-    side, merge = processor.patch_size, processor.merge_size
-    pictures = []
-    for data in images:  # only what is resized stays: a photograph can be 20 times as large
-        picture = decode(data, where)
-        if max(picture.size) > THINNEST * min(picture.size):
-            raise UserError(
-                f"{where}: an image of {picture.width}×{picture.height} pixels is too narrow; "
-                f"crop it to an aspect ratio below {THINNEST}"
-            )
-        size = target_size(picture.size, side * merge, limits)
-        if size != picture.size:
-            picture = picture.resize(size, Image.Resampling(processor.resample))
-        pictures.append(picture)
-    grid = np.array([(1, p.height // side, p.width // side) for p in pictures], np.int32)
-    grid = grid.reshape(-1, 3)
-    ends = np.cumsum([0, *grid.prod(axis=1)])
-    out = np.empty((ends[-1], 3, processor.temporal_patch_size, side, side), np.uint8)
-    for picture, start, end in zip(pictures, ends, ends[1:], strict=False):
-        _cut(picture, processor, out[start:end])
-    return out.reshape(len(out), math.prod(out.shape[1:])), grid
+    cut = [_patches(decode(data, where), processor, limits, where) for data in images]
+    grid = np.array([grid for _, grid in cut], np.int32).reshape(-1, 3)
+    if len(cut) == 1:
+        return cut[0][0], grid
+    width = 3 * processor.temporal_patch_size * processor.patch_size**2
+    return np.concatenate([np.empty((0, width), np.uint8), *(part for part, _ in cut)]), grid
 
 
 def check_normalisation(processor: Any) -> None:
@@ -126,10 +113,8 @@ def as_png(data: bytes, size: tuple[int, int], processor: Any, where: str) -> by
         image = Image.open(io.BytesIO(data))
         if image.mode == "RGB" and image.size == size and "transparency" not in image.info:
             return data
-    picture = decode(data, where)
-    if picture.size != size:
-        picture = picture.resize(size, Image.Resampling(processor.resample))
-    picture.save(buffer := io.BytesIO(), "PNG", compress_level=1)
+    strips = _resized(decode(data, where), size, processor)
+    resize.joined(strips, size).save(buffer := io.BytesIO(), "PNG", compress_level=1)
     return buffer.getvalue()
 
 
@@ -175,6 +160,36 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy an RGB one
 
 
+def _patches(
+    picture: Image.Image, processor: Any, limits: tuple[int, int], where: str
+) -> tuple[UInt8[np.ndarray, "patches patch"], tuple[int, int, int]]:
+    if max(picture.size) > THINNEST * min(picture.size):
+        raise UserError(
+            f"{where}: an image of {picture.width}×{picture.height} pixels is too narrow; "
+            f"crop it to an aspect ratio below {THINNEST}"
+        )
+    side, unit = processor.patch_size, processor.patch_size * processor.merge_size
+    size = target_size(picture.size, unit, limits)
+    across, down = (pixels // side for pixels in size)
+    out = np.empty((across * down, 3, processor.temporal_patch_size, side, side), np.uint8)
+    start = 0
+    for strip in _resized(picture, size, processor):
+        stop = start + strip.height // side * across
+        _cut(strip, processor, out[start:stop])
+        start = stop
+    return out.reshape(len(out), math.prod(out.shape[1:])), (1, down, across)
+
+
+def _resized(picture: Image.Image, size: tuple[int, int], processor: Any) -> Iterable[Image.Image]:
+    """The picture of this size, whole or in strips of four rows of tokens."""
+    method = Image.Resampling(processor.resample)
+    if picture.size == size:
+        return [picture]
+    if method is Image.Resampling.BICUBIC:
+        return resize.bicubic(picture, size, 4 * processor.patch_size * processor.merge_size)
+    return [picture.resize(size, method)]
+
+
 def _cut(
     picture: Image.Image,
     processor: Any,
@@ -188,6 +203,6 @@ def _cut(
     across, down = (size // side // merge for size in picture.size)
     row = np.dtype((np.void, side))
     target = out.view(row).reshape(down, across, merge, merge, *out.shape[1:4])
-    for channel, plane in enumerate(picture.split()):
+    for channel, plane in enumerate(picture.split()[:3]):
         source = np.asarray(plane).view(row).reshape(down, merge, side, across, merge)
         target[..., channel, :, :] = source.transpose(0, 3, 1, 4, 2)[..., None, :]
