@@ -12,7 +12,7 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,8 +113,8 @@ def as_png(data: bytes, size: tuple[int, int], processor: Any, where: str) -> by
         image = Image.open(io.BytesIO(data))
         if image.mode == "RGB" and image.size == size and "transparency" not in image.info:
             return data
-    strips = _resized(decode(data, where), size, processor)
-    resize.joined(strips, size).save(buffer := io.BytesIO(), "PNG", compress_level=1)
+    picture = resize.joined(_strips(decode(data, where), size, processor))
+    picture.save(buffer := io.BytesIO(), "PNG", compress_level=1)
     return buffer.getvalue()
 
 
@@ -173,25 +173,23 @@ def _patches(
     across, down = (pixels // side for pixels in size)
     out = np.empty((across * down, 3, processor.temporal_patch_size, side, side), np.uint8)
     start = 0
-    for strip in _resized(picture, size, processor):
-        stop = start + strip.height // side * across
-        _cut(strip, processor, out[start:stop])
+    for strip in _strips(picture, size, processor):
+        stop = start + len(strip) // side * across
+        _cut(resize.planes(strip), processor, out[start:stop])
         start = stop
     return out.reshape(len(out), math.prod(out.shape[1:])), (1, down, across)
 
 
-def _resized(picture: Image.Image, size: tuple[int, int], processor: Any) -> Iterable[Image.Image]:
-    """The picture of this size, whole or in strips of four rows of tokens."""
+def _strips(picture: Image.Image, size: tuple[int, int], processor: Any) -> Iterator[resize.Strip]:
+    """The picture of this size, from the top in strips of four rows of tokens."""
     method = Image.Resampling(processor.resample)
-    if picture.size == size:
-        return [picture]
-    if method is Image.Resampling.BICUBIC:
-        return resize.bicubic(picture, size, 4 * processor.patch_size * processor.merge_size)
-    return [picture.resize(size, method)]
+    if method is not Image.Resampling.BICUBIC:
+        picture = picture.resize(size, method)
+    return resize.bicubic(picture, size, rows=4 * processor.patch_size * processor.merge_size)
 
 
 def _cut(
-    picture: Image.Image,
+    planes: UInt8[np.ndarray, "channels height width"],
     processor: Any,
     out: UInt8[np.ndarray, "patches channels frames rows columns"],
 ) -> None:
@@ -200,9 +198,9 @@ def _cut(
     A row of a patch is moved as one item of `side` bytes, which NumPy copies at once.
     """
     side, merge = processor.patch_size, processor.merge_size
-    across, down = (size // side // merge for size in picture.size)
+    down, across = (pixels // side // merge for pixels in planes.shape[1:])
     row = np.dtype((np.void, side))
     target = out.view(row).reshape(down, across, merge, merge, *out.shape[1:4])
-    for channel, plane in enumerate(picture.split()[:3]):
-        source = np.asarray(plane).view(row).reshape(down, merge, side, across, merge)
+    for channel, plane in enumerate(planes):
+        source = plane.view(row).reshape(down, merge, side, across, merge)
         target[..., channel, :, :] = source.transpose(0, 3, 1, 4, 2)[..., None, :]

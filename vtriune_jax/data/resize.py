@@ -31,30 +31,48 @@ _LANES = 16
 _BICUBIC = Image.Resampling.BICUBIC
 
 
-def bicubic(picture: Image.Image, size: tuple[int, int], rows: int) -> Iterator[Image.Image]:
+Strip = UInt32[np.ndarray, "rows width"]
+"""Rows of an RGB picture, four bytes a pixel, of which the last means nothing."""
+
+
+def bicubic(picture: Image.Image, size: tuple[int, int], rows: int) -> Iterator[Strip]:
     """`picture.resize(size, BICUBIC)` of an RGB picture, in strips of `rows` rows from the top.
 
-    `size` = (width, height) pixels; the mode of strips, small enough for the processor's cache, is
-    RGB or RGBX. A Pillow that computes otherwise than those known here resizes by itself.
+    `size` = (width, height) pixels. Strips are small enough for the processor's cache. A Pillow
+    that computes otherwise than those known here resizes by itself.
     """
-    order = _order()
-    if order is None:
-        return iter([picture.resize(size, _BICUBIC)])
-    return _strips(picture, size, rows, columns_first=order(picture.size, size))
+    if picture.size != size and (order := _order()) is not None:
+        yield from _resized(picture, size, rows, columns_first=order(picture.size, size))
+        return
+    if picture.size != size:
+        picture = picture.resize(size, _BICUBIC)
+    for top in range(0, size[1], rows):
+        yield _pixels(picture, top, min(top + rows, size[1]))
 
 
-def joined(strips: Iterable[Image.Image], size: tuple[int, int]) -> Image.Image:
-    """The RGB picture that strips from the top make up; `size` = (width, height) pixels."""
-    picture, top = Image.new("RGB", size), 0
-    for strip in strips:
-        picture.paste(strip, (0, top))
-        top += strip.height
-    return picture
+def joined(strips: Iterable[Strip]) -> Image.Image:
+    """The RGB picture that strips from the top make up."""
+    pixels = np.concatenate(list(strips))
+    return Image.frombytes("RGB", pixels.shape[::-1], pixels.data, "raw", "RGBX")
 
 
-def _strips(
+@njit(cache=True, nogil=True)
+def planes(strip):
+    """[rows, width] pixels of four bytes to uint8 [3, rows, width]."""
+    rows, width = strip.shape
+    out = np.empty((3, rows, width), np.uint8)
+    for y in range(rows):
+        values = strip[y].view(np.uint8)
+        for channel in range(3):
+            plane = out[channel, y]
+            for x in range(width):
+                plane[x] = values[4 * x + channel]
+    return out
+
+
+def _resized(
     picture: Image.Image, size: tuple[int, int], rows: int, columns_first: bool
-) -> Iterator[Image.Image]:
+) -> Iterator[Strip]:
     across = _weights(picture.width, size[0])
     first, weights = _weights(picture.height, size[1])
     for top in range(0, size[1], rows):
@@ -63,10 +81,9 @@ def _strips(
         pixels = _pixels(picture, begin, min(end, picture.height))
         down = (first[part] - begin, weights[part])
         if columns_first:
-            pixels = _weigh_rows(_weigh_columns(pixels, *down), *across)
+            yield _weigh_rows(_weigh_columns(pixels, *down), *across)
         else:
-            pixels = _weigh_columns(_weigh_rows(pixels, *across), *down)
-        yield Image.frombuffer("RGBX", (size[0], len(pixels)), pixels, "raw", "RGBX", 0, 1)
+            yield _weigh_columns(_weigh_rows(pixels, *across), *down)
 
 
 def _rows_first(old: tuple[int, int], new: tuple[int, int]) -> bool:
@@ -88,7 +105,7 @@ def _order() -> Callable[[tuple[int, int], tuple[int, int]], bool] | None:
     theirs = [picture.resize(size, _BICUBIC) for size in sizes]
     for order in (_cheaper_first, _rows_first):
         ours = [
-            joined(_strips(picture, size, 32, columns_first=order(picture.size, size)), size)
+            joined(_resized(picture, size, 32, columns_first=order(picture.size, size)))
             for size in sizes
         ]
         if ours == theirs:
@@ -119,7 +136,7 @@ def _weights(old: int, new: int) -> tuple[Int32[np.ndarray, "new"], Int32[np.nda
     return first.astype(np.int32), np.trunc(weight + np.copysign(0.5, weight)).astype(np.int32)
 
 
-def _pixels(picture: Image.Image, start: int, stop: int) -> UInt32[np.ndarray, "rows width"]:
+def _pixels(picture: Image.Image, start: int, stop: int) -> Strip:
     rows = picture.crop((0, start, picture.width, stop)).tobytes("raw", "RGBX")
     return np.frombuffer(rows, np.uint32).reshape(stop - start, picture.width)
 
