@@ -31,17 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone, not an 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sampler import engine_of
 from update_work import cpu_seconds, peak_mb
 
 from vtriune_jax import models, sharding
 from vtriune_jax.commands import keep_programs, tell_compilers
-from vtriune_jax.data import images
 from vtriune_jax.data.packing import pack, stack_vision
-from vtriune_jax.data.prompts import Prompter
 from vtriune_jax.data.rows import Slots, choose, needs
-from vtriune_jax.data.tokenizer import load_processor
 from vtriune_jax.models import layout
+from vtriune_jax.models.vision import normalise
 from vtriune_jax.optim import OptimConfig, make_optimizer
 from vtriune_jax.rewards.assignment import optimal
 from vtriune_jax.rewards.boxes import pairwise_iou
@@ -159,6 +156,7 @@ def generate(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
     data = read(args.ckpt, "generate", text_only)
     prompts = prompts_of(data, config, 0)
     slots = slots_of([Group(prompt, ()) for prompt in prompts], data["input_ids"].shape[1], 0)
+    del data
     engine = LocalEngine(graphdef, stop_ids=(), banned_ids=(), pad_id=0, decode_text=lambda ids: "")
     sampling = Sampling(max_tokens=256, n=1)
     numbers = iter(range(1_000_000))
@@ -177,6 +175,11 @@ def generate(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
 
 def whole_step(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
     """Sample 2 × 8 completions of at most 64 tokens, reward them as the peer does, update."""
+    from sampler import engine_of
+
+    from vtriune_jax.data.prompts import Prompter
+    from vtriune_jax.data.tokenizer import load_processor
+
     sys.path.insert(0, os.getcwd())  # the driver runs us in its own folder, where its tasks are
     import data as task  # pyright: ignore[reportMissingImports]
 
@@ -226,6 +229,8 @@ def whole_step(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
 def preprocess(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
     """Encoded JPEGs → patches as our tower takes them, one after the other: the peer's `e2e`."""
     from PIL import Image
+
+    from vtriune_jax.data import images
 
     settings = SimpleNamespace(
         **dict(patch_size=14, temporal_patch_size=2, merge_size=2),
@@ -284,7 +289,20 @@ def load(
 
 
 def read(path: Path, name: str, text_only: bool) -> dict[str, np.ndarray]:
-    return dict(np.load(path / f"batch_{name}{'_text' if text_only else ''}.npz"))
+    """The driver's batch, its normalised patches as the pixels that a run has."""
+    data = dict(np.load(path / f"batch_{name}{'_text' if text_only else ''}.npz"))
+    if not text_only:
+        parts = np.array_split(data["pixel_values"], 64)  # to take little memory
+        data["pixel_values"] = np.concatenate([pixels_of(part) for part in parts])
+    return data
+
+
+def pixels_of(patches: np.ndarray) -> np.ndarray:
+    """The bytes that the driver's processor normalised."""
+    one, zero = normalise(np.repeat([[1], [0]], patches.shape[1], axis=1).astype(np.uint8))
+    pixels = np.rint((patches - zero) / (one - zero)).astype(np.uint8)
+    np.testing.assert_allclose(normalise(pixels), patches, atol=1e-5)
+    return pixels
 
 
 def training(
@@ -306,7 +324,7 @@ def prompts_of(
 ) -> list[Prompt]:
     """The driver's padded batch as prompts; its images follow each other, one a row."""
     rows, length = data["input_ids"].shape
-    patches = data.get("pixel_values", np.zeros((0, config.vision.patch), np.float32))
+    patches = data.get("pixel_values", np.zeros((0, config.vision.patch), np.uint8))
     grids = data.get("image_grid_thw", np.zeros((0, 3), np.int64))
     ends = np.cumsum(grids.prod(axis=1))
     found = []

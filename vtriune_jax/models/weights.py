@@ -142,11 +142,12 @@ def reader(
         places.pop("lm_head.weight", None)  # some tied checkpoints store the head all the same
     wanted = entries(shapes)
     _check(folder, places, wanted, shapes)
+    writers = functools.cache(_writers)  # of this reader: compiled, they take memory
 
     def fetch(path: str) -> jax.Array:
         first, *others = entries({path: shapes[path]})
         where = place(path, shapes[path]) if place else _default_place()
-        make, write_layer = _writers(first.transform, where, np.dtype(dtype))
+        make, write_layer = writers(first.transform, where, np.dtype(dtype))
         layers = None if first.layer is None else shapes[path][0]
         # Tensors get no name here, by which they would live on beside the next one.
         param = _done(make(_place(places[first.key], first, where), layers))
@@ -277,7 +278,6 @@ def _place(tensor: files.Tensor, entry: Entry, where: Sharding) -> jax.Array:
     return jax.make_array_from_callback(tensor.shape, where, read_once)
 
 
-@functools.cache
 def _writers(transform: str, where: Sharding, dtype: np.dtype) -> tuple[Callable, Callable]:
     """What makes a parameter of its first tensor, and what writes the layers after that one."""
 
