@@ -191,7 +191,7 @@ def whole_step(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
     engine = engine_of(graphdef, prompter)
     sampling = Sampling(max_tokens=64, n=8)
     freeze = ("^visual/",) if text_only else ()
-    state, update = training(graphdef, params, freeze, 1e-6, micro_batches=2)  # a group each
+    state, update = training(graphdef, params, freeze, 1e-6, micro_batches=1)
     del params
     pairs: Iterator[int] = cycle(range(0, len(prompts), 2))
 
@@ -215,7 +215,7 @@ def whole_step(args: Any, text_only: bool, dtype: str) -> dict[str, float]:
             ]
         )
         values, weights, _ = group_advantages(scores, np.ones_like(scores, bool))
-        state, sums = update(state, lay_out(groups, values, weights, slots, config, 2))
+        state, sums = update(state, lay_out(groups, values, weights, slots, config, unit=1))
         jax.device_get(sums)
 
     timing = measure(step, args.warmup, args.steps)

@@ -162,8 +162,7 @@ def whole_step(folder: Path) -> Any:
     slots = Slots(len(first.ids), STEP["completion"], windows, prompter.pad_id)
     engine = engine_of(graphdef, prompter)
     sampling = Sampling(max_tokens=STEP["completion"], n=STEP["samples"])
-    micro_batches = STEP["prompts"]
-    state, update = training(graphdef, params, micro_batches, old="current")
+    state, update = training(graphdef, params, micro_batches=1, old="current")
     del params
     number = 0
 
@@ -182,7 +181,7 @@ def whole_step(folder: Path) -> Any:
             ]
         )
         values, weights, _ = group_advantages(scores, np.ones_like(scores, bool))
-        batch = lay_out(groups, values, weights, slots, config, micro_batches)
+        batch = lay_out(groups, values, weights, slots, config, unit=1)
         state, sums = update(state, batch)
         jax.device_get(sums)
         clock.append(time.perf_counter())
