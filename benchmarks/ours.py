@@ -31,14 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone, not an 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ours_batch import prompts_of, read, sample_of
 from update_work import cpu_seconds, peak_mb
 
 from vtriune_jax import models, sharding
 from vtriune_jax.commands import keep_programs, tell_compilers
 from vtriune_jax.data.packing import pack, stack_vision
 from vtriune_jax.data.rows import Slots, choose, needs
-from vtriune_jax.models import layout
-from vtriune_jax.models.vision import normalise
 from vtriune_jax.optim import OptimConfig, make_optimizer
 from vtriune_jax.rewards.assignment import optimal
 from vtriune_jax.rewards.boxes import pairwise_iou
@@ -49,7 +48,7 @@ from vtriune_jax.rl.policy import make_logps
 from vtriune_jax.rl.update import init_state, make_update
 from vtriune_jax.rollout.choice import Sampling
 from vtriune_jax.rollout.local import LocalEngine
-from vtriune_jax.types import Batch, Completion, Group, Message, Prompt, RewardConfig, Sample
+from vtriune_jax.types import Batch, Completion, Group
 
 NO_SUCH_CASE = 77
 
@@ -288,23 +287,6 @@ def load(
     return *models.split(model), model.config
 
 
-def read(path: Path, name: str, text_only: bool) -> dict[str, np.ndarray]:
-    """The driver's batch, its normalised patches as the pixels that a run has."""
-    data = dict(np.load(path / f"batch_{name}{'_text' if text_only else ''}.npz"))
-    if not text_only:
-        parts = np.array_split(data["pixel_values"], 64)  # to take little memory
-        data["pixel_values"] = np.concatenate([pixels_of(part) for part in parts])
-    return data
-
-
-def pixels_of(patches: np.ndarray) -> np.ndarray:
-    """The bytes that the driver's processor normalised."""
-    one, zero = normalise(np.repeat([[1], [0]], patches.shape[1], axis=1).astype(np.uint8))
-    pixels = np.rint((patches - zero) / (one - zero)).astype(np.uint8)
-    np.testing.assert_allclose(normalise(pixels), patches, atol=1e-5)
-    return pixels
-
-
 def training(
     graphdef: Any, params: Any, freeze: Sequence[str], lr: float, micro_batches: int
 ) -> tuple[Any, Callable[..., Any]]:
@@ -317,50 +299,6 @@ def training(
         graphdef, tx, loss, mesh, state, num_sources=1, freeze=freeze, micro_batches=micro_batches
     )
     return state, update
-
-
-def prompts_of(
-    data: dict[str, np.ndarray], config: models.ModelConfig, response: int
-) -> list[Prompt]:
-    """The driver's padded batch as prompts; its images follow each other, one a row."""
-    rows, length = data["input_ids"].shape
-    patches = data.get("pixel_values", np.zeros((0, config.vision.patch), np.uint8))
-    grids = data.get("image_grid_thw", np.zeros((0, 3), np.int64))
-    ends = np.cumsum(grids.prod(axis=1))
-    found = []
-    for row in range(rows):
-        mask = data["attention_mask"][row, : length - response] > 0
-        ids = data["input_ids"][row, : length - response][mask].astype(np.int32)
-        grid = grids[row : row + 1]
-        own = patches[ends[row] - grid.prod() : ends[row]] if len(grid) else patches
-        vision, unit_index = layout.pack_vision(own, grid, config)
-        found.append(
-            Prompt(
-                sample=sample_of({"label": 0}, None, True, row),
-                ids=ids,
-                positions=layout.mrope_positions(ids, grid, config),
-                image_index=layout.image_index(ids, unit_index, config),
-                vision=vision,
-                grid_thw=grid,
-            )
-        )
-    return found
-
-
-def sample_of(drawn: dict[str, Any], task: Any, text_only: bool, number: int) -> Sample:
-    """A row of the driver's task in our types."""
-    content, pictures = "What digit is in the picture?" if task is None else task.ASK, ()
-    if not text_only:
-        buffer = io.BytesIO()
-        drawn["image"].save(buffer, "PNG")
-        content, pictures = "<image>" + content, (buffer.getvalue(),)
-    return Sample(
-        id=str(number),
-        data_source="bench",
-        messages=(Message("user", content),),
-        images=pictures,
-        reward=RewardConfig("mathverify", str(drawn["label"])),
-    )
 
 
 def lay_out(

@@ -16,7 +16,9 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32, UInt32
@@ -29,6 +31,10 @@ _LANES = 16
 """Pixels of a column that are weighed at once along rows; four bytes each."""
 
 _BICUBIC = Image.Resampling.BICUBIC
+
+_KEPT = os.access(Path(__file__).parent, os.W_OK)
+_compiled = functools.partial(njit, nogil=True, cache=_KEPT)
+"""Without the interpreter's lock; what is compiled is kept beside this file, if that can be."""
 
 
 Strip = UInt32[np.ndarray, "rows width"]
@@ -56,7 +62,7 @@ def joined(strips: Iterable[Strip]) -> Image.Image:
     return Image.frombytes("RGB", pixels.shape[::-1], pixels.data, "raw", "RGBX")
 
 
-@njit(cache=True, nogil=True)
+@_compiled()
 def planes(strip):
     """[rows, width] pixels of four bytes to uint8 [3, rows, width]."""
     rows, width = strip.shape
@@ -141,7 +147,7 @@ def _pixels(picture: Image.Image, start: int, stop: int) -> Strip:
     return np.frombuffer(rows, np.uint32).reshape(stop - start, picture.width)
 
 
-@njit(cache=True, nogil=True)
+@_compiled()
 def _weigh_rows(source, first, weights):
     """[rows, width] to [rows, new width] pixels of four bytes, `_LANES` rows at a time, turned."""
     height, width = source.shape
@@ -163,7 +169,7 @@ def _weigh_rows(source, first, weights):
     return out
 
 
-@njit(cache=True, nogil=True)
+@_compiled()
 def _weigh_columns(source, first, weights):
     """[rows, width] to [new rows, width] pixels of four bytes."""
     out = np.empty((len(first), source.shape[1]), np.uint32)
@@ -174,7 +180,7 @@ def _weigh_columns(source, first, weights):
     return out
 
 
-@njit(cache=True, nogil=True, inline="always")
+@_compiled(inline="always")
 def _weigh(vectors, first, weights, sums, out):
     """One output vector; four input vectors at a time, as most outputs have no more."""
     last = len(vectors) - 1
