@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 
 from configs import base
+from tests.rl import tiny_update
+from vtriune_jax import sharding
+from vtriune_jax.rl import policy
 from vtriune_jax.stages import plan
-from vtriune_jax.steps import advantages, respond, shaped, verify
+from vtriune_jax.steps import advantages, logps_of, respond, shaped, verify
 from vtriune_jax.types import Completion, Group, Prompt, RewardConfig, Sample, Verdict
 
 SFT, GRPO = plan(base.get_config(), ())
@@ -98,3 +101,41 @@ def test_long_completions_cost_reward_where_that_is_on():
     assert [verdict.score for verdict in found] == [1.0, 0.5, 0.0, 0.0]
     assert found[1].parts == {"accuracy": 1.0, "overlong": -0.5}
     assert found[3] == judged[3]
+
+
+@pytest.mark.parametrize(
+    ("kl_weight", "old", "names"),
+    [
+        (0.1, "recomputed", {"old_logps", "reference_logps"}),
+        (0.0, "recomputed", {"old_logps"}),
+        (0.1, "rollout", {"reference_logps"}),
+    ],
+)
+def test_log_probs_are_made_as_needed_by_one_program(monkeypatch, kl_weight, old, names):
+    traced = []
+    inner = policy.policy_logps
+    monkeypatch.setattr(policy, "policy_logps", lambda *given: traced.append(1) or inner(*given))
+    mesh = sharding.make_mesh()
+    graphdef, start = tiny_update.model()
+    batch_keys, lora_keys = SimpleNamespace(micro_batches=1), SimpleNamespace(rank=0)
+    parts = SimpleNamespace(
+        config=SimpleNamespace(batch=batch_keys, model=SimpleNamespace(lora=lora_keys)),
+        graphdef=graphdef,
+        mesh=mesh,
+        place=lambda params: params,
+    )
+    loss = replace(tiny_update.GRPO, kl_weight=kl_weight, old=old)
+    known = logps_of(replace(GRPO, loss=loss), start, parts)
+    found = known(start, tiny_update.make_batch())
+    assert found.keys() == names
+    assert len(traced) == 1
+    for logps in found.values():  # the policy is the reference still
+        np.testing.assert_array_equal(logps, next(iter(found.values())))
+
+
+def test_no_log_probs_are_made_for_one_update_without_a_reference():
+    parts = SimpleNamespace(
+        config=SimpleNamespace(model=SimpleNamespace(lora=SimpleNamespace(rank=0)))
+    )
+    assert GRPO.loss.old == "current"
+    assert logps_of(GRPO, {}, parts) is None

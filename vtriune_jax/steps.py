@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from vtriune_jax import hosts, sharding
 from vtriune_jax.assemble import Parts
-from vtriune_jax.data.packing import pack, padding, split_batch
+from vtriune_jax.data.packing import minibatch, pack, padding
 from vtriune_jax.data.rows import KINDS, Needs, choose, needs
 from vtriune_jax.evaluate import items
 from vtriune_jax.optim import make_optimizer, partition
@@ -32,6 +32,8 @@ from vtriune_jax.types import Batch, Completion, Group, Prompt, TrainState, Verd
 Features = Float[Array, "groups units embed"] | None
 Encode = Callable[[Any, Sequence[Prompt]], Float[Array, "groups units embed"]]
 Update = Callable[[TrainState, Batch, int], tuple[TrainState, Sums]]
+KnownLogps = Callable[[Any, Batch], dict[str, Float[Array, "rows n completion"]]]
+"""(parameters, batch) → `old_logps` and `reference_logps` of the batch, as far as needed."""
 Told = dict[str, tuple[float, float]]
 """Metrics as (sum, count)."""
 
@@ -54,7 +56,7 @@ def begin(stage: Stage, params: Any, parts: Parts) -> tuple[TrainState, Compiled
     The state takes the memory of `params`, which must not be used any more.
     """
     tx = make_optimizer(stage.optim)
-    annotate = annotation(stage, params, parts)
+    known_logps = logps_of(stage, params, parts)
     state = init_state(params, tx, parts.mesh, stage.freeze, donate=True)
     vision_frozen = "visual" not in partition(state.params, stage.freeze)[0]
     update_once = make_update(
@@ -72,25 +74,32 @@ def begin(stage: Stage, params: Any, parts: Parts) -> tuple[TrainState, Compiled
         return jax.block_until_ready(parts.encode(params, prompts))
 
     def update(state: TrainState, batch: Batch, step: int) -> tuple[TrainState, Sums]:
-        minibatches = [
-            annotate(state.params, sharding.shard_rows(part, parts.mesh))
-            for part in split_batch(batch, stage.minibatches)
+        def part(k: int) -> Batch:
+            return sharding.shard_rows(minibatch(batch, stage.minibatches, k), parts.mesh)
+
+        needed = known_logps and [
+            known_logps(state.params, part(k)) for k in range(stage.minibatches)
         ]
         total: Sums = {}
         for k in stage.order(parts.config.seed, step):
-            state, sums = update_once(state, minibatches[k])
+            own = replace(part(k), **needed[k]) if needed else part(k)
+            state, sums = update_once(state, own)
             total = add_sums(total, sums) if total else sums
         return state, jax.device_get(total)
 
     return state, Compiled(encode, update, vision_frozen)
 
 
-def annotation(stage: Stage, start: Any, parts: Parts) -> Callable[[Any, Batch], Batch]:
-    """A function (params, batch) → batch that adds the log-probs which the stage's loss needs.
+def logps_of(stage: Stage, start: Any, parts: Parts) -> KnownLogps | None:
+    """What makes the log-probs that the stage's loss compares with; None if it needs none.
 
-    The reference model is the one the stage starts from, or, with adapters, the model without them.
+    The first update's old ones are its own, and made here all the same: without them it would be a
+    program of its own, and the others' takes minutes to compile. The reference model is the one the
+    stage starts from, or, with adapters, the model without them.
     """
     loss, adapted = stage.loss, parts.config.model.lora.rank > 0
+    if loss.old != "recomputed" and not loss.kl_weight:
+        return None
     pieces = {"micro_batches": parts.config.batch.micro_batches}
     logps = make_logps(parts.graphdef, loss, parts.mesh, **pieces)
     base_logps = make_logps(parts.graphdef, loss, parts.mesh, adapters=False, **pieces)
@@ -98,15 +107,17 @@ def annotation(stage: Stage, start: Any, parts: Parts) -> Callable[[Any, Batch],
     if loss.kl_weight and not adapted:
         reference = jax.tree.map(jnp.copy, parts.place(start))
 
-    def annotate(params: Any, batch: Batch) -> Batch:
+    def known(params: Any, batch: Batch) -> dict[str, Array]:
+        found = {}
         if loss.old == "recomputed":
-            batch = replace(batch, old_logps=logps(params, batch))
+            found["old_logps"] = logps(params, batch)
         if loss.kl_weight:
-            found = base_logps(params, batch) if adapted else logps(reference, batch)
-            batch = replace(batch, reference_logps=found)
-        return batch
+            found["reference_logps"] = (
+                base_logps(params, batch) if adapted else logps(reference, batch)
+            )
+        return found
 
-    return annotate
+    return known
 
 
 def respond(

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from vtriune_jax.data.packing import check_fits, pack, padding, split_batch, stack_vision
+from vtriune_jax.data.packing import check_fits, minibatch, pack, padding, stack_vision
 from vtriune_jax.data.rows import Rows, Slots, choose, needs
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import ModelConfig, TextConfig, VisionConfig, layout
@@ -220,14 +220,14 @@ def test_prompts_of_text_alone():
     assert (batch.image_index == -1).all()
 
 
-def test_split_batch_keeps_the_order(groups, batch):
-    parts = split_batch(batch, 3)
+def test_minibatches_keep_the_order(groups, batch):
+    parts = [minibatch(batch, 3, k) for k in range(3)]
     assert [len(part.ids) for part in parts] == [2, 2, 2]
     again = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     jax.tree.map(np.testing.assert_array_equal, again, batch)
     assert parts[1].vision.patches.shape[0] == 2
     with pytest.raises(UserError, match="minibatches=4 does not divide the 6 rows of a batch"):
-        split_batch(batch, 4)
+        minibatch(batch, 4, 0)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from vtriune_jax.data import on_rows
 from vtriune_jax.data.rows import Rows, Slots, assign, cut, packed_rows, sequence_lengths
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import layout
@@ -115,15 +115,12 @@ def check_fits(prompt: Prompt, completion: int, slots: Slots) -> None:
     _check_windows(prompt, slots)
 
 
-def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """The batch as `parts` batches of equally many rows, in order."""
+def minibatch(batch: Batch, parts: int, k: int) -> Batch:
+    """The k-th of `parts` batches of equally many rows, in order."""
     rows = len(batch.ids)
     if rows % parts:
         raise UserError(f"minibatches={parts} does not divide the {rows} rows of a batch")
-    size = rows // parts
-    return [
-        jax.tree.map(lambda leaf, k=k: leaf[k * size : (k + 1) * size], batch) for k in range(parts)
-    ]
+    return jax.tree.map(lambda leaf: on_rows.part(leaf, parts, k), batch)
 
 
 def padding(
@@ -169,8 +166,7 @@ def _images(
 ) -> dict[str, Any]:
     """The images of each prompt of each row, as patches or as features."""
     if features is not None:
-        take = jnp.take if isinstance(features, jax.Array) else np.take
-        return {"features": take(features, prompt_of, axis=0)}
+        return {"features": on_rows.take([features], prompt_of)}
     vision = stack_vision([groups[g].prompt for g in prompt_of.reshape(-1)], slots)
     return {"vision": jax.tree.map(lambda x: x.reshape(*prompt_of.shape, *x.shape[1:]), vision)}
 
