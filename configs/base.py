@@ -115,8 +115,9 @@ def get_config() -> Any:
         # Windows of the vision tower per row: ⌈h/112⌉·⌈w/112⌉ for an image of h×w pixels, if the
         # window size is 112 (as in the released models).
         windows=400,
-        # An update goes through its rows in this many pieces, to save memory; same result. Where
-        # there are fewer groups than pieces and devices, a group is cut into several rows.
+        # An update goes through its rows in this many pieces, and the vision tower through images,
+        # to save memory; same result. Where there are fewer groups than pieces and devices, a group
+        # is cut into several rows.
         micro_batches=1,
         # Rows of an update: "single" ones are a prompt and one completion, "group" ones a prompt
         # and all its completions, "packed" ones as many sequences as fit into a single one's
@@ -187,6 +188,9 @@ def get_config() -> Any:
         # Of "sglang": the servers, as ("http://host:30000",), or a file that lists them, as
         # ("runs/fleet/addresses",), which is read again and again: servers may come and go.
         addresses=(),
+        # Of "local": a step's prompts are completed in so many parts, one after the other: the keys
+        # and values of all tokens of a part are in memory at once. Same result.
+        pieces=1,
         # Updates that may pass between sampling and training: at 0 every step samples from the
         # parameters that it trains, at 1 the next step's completions are begun before the update,
         # at n those of n steps are on their way. Above 0 wants grpo.tis_cap, as 2.0.

@@ -17,4 +17,5 @@ def get_config() -> Any:
     config.model.path = "checkpoints/Qwen2.5-VL-72B-Instruct"
     config.model.remat = "full"
     config.batch.micro_batches = 8  # on 128 devices: a group each at once
+    config.rollout.pieces = 4  # 11 GiB of keys and values on each
     return config

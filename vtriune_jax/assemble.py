@@ -76,11 +76,14 @@ class Parts:
     ) -> Float[jax.Array, "prompts units embed"]:
         """The features of the prompts' images, each device with its rows.
 
-        Of several processes each gives its own prompts; the features are those of all.
+        They go through the tower in pieces, at most as many as the rows of an update. Of several
+        processes each gives its own prompts; the features are those of all.
         """
         vision = sharding.shard_rows(stack_vision(prompts, self.slots), self.mesh)
+        rows = len(vision.segments) // sharding.row_shards(self.mesh)
+        pieces = math.gcd(rows, self.config.batch.micro_batches)
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # for the tower's `on_rows`
-            return models.encode(self.graphdef, params, vision)
+            return models.encode(self.graphdef, params, vision, pieces)
 
 
 @contextlib.contextmanager
@@ -184,10 +187,11 @@ def _check_rows(config: Any, mesh: Mesh) -> None:
     """Every step's prompts and rows must divide over the devices; better said now than later."""
     shards, pieces = sharding.row_shards(mesh), config.batch.micro_batches
     grpo, processes = config.grpo, jax.process_count()
+    drawn = shards * (config.rollout.pieces if config.rollout.engine == "local" else 1)
     needs = {
         "eval.batch": (config.eval.batch, shards),
         "sft.prompts": (config.sft.prompts, shards * pieces),
-        "grpo.prompts": (grpo.prompts, math.lcm(shards, processes * grpo.minibatches)),
+        "grpo.prompts": (grpo.prompts, math.lcm(drawn, processes * grpo.minibatches)),
         "grpo.prompts×samples÷minibatches": (
             grpo.prompts * grpo.samples // grpo.minibatches,
             shards * pieces,
@@ -201,8 +205,8 @@ def _check_rows(config: Any, mesh: Mesh) -> None:
     if wrong:
         raise UserError(
             f"{'; '.join(wrong)}, or another mesh (now data×fsdp={shards}, "
-            f"batch.micro_batches={pieces}, grpo.minibatches={grpo.minibatches}, "
-            f"processes={processes})"
+            f"batch.micro_batches={pieces}, rollout.pieces={config.rollout.pieces}, "
+            f"grpo.minibatches={grpo.minibatches}, processes={processes})"
         )
 
 

@@ -115,7 +115,7 @@ RULES: tuple[tuple[str, Test, str], ...] = (
     (r"grpo\.top_k", not_negative, "0 (off) or more"),
     (r"rollout\.engine", *one_of("local", "sglang")),
     (r"rollout\.(ahead|carry|over_sampling|probe_prompts)", not_negative, "0 or more"),
-    (r"rollout\.(deadline_seconds|probe_gap)", positive, "above 0"),
+    (r"rollout\.(pieces|deadline_seconds|probe_gap)", positive, "above 0"),
     (r"rollout\.weights_dtype", *one_of("float32", "bfloat16")),
     (r"mesh\.\w+", lambda size: size == -1 or size > 0, "above 0, or -1 for the rest"),
     (r"verifiers\.mode", *one_of("server", "in_process")),
@@ -229,7 +229,7 @@ RELATIONS: tuple[tuple[Test, str, tuple[str, ...]], ...] = (
 
 FREE = (
     r"data\.(cache|threads)|model\.attention|(verifiers|mesh|checkpoint|log)\..*"
-    r"|rollout\.(addresses|deadline_seconds|weights_folder\w*|probe_\w+)"
+    r"|rollout\.(pieces|addresses|deadline_seconds|weights_folder\w*|probe_\w+)"
 )
 """Keys that a resumed run may change, beside the steps of its last stage: how long, on what and how
 loudly, not what is learnt."""

@@ -32,6 +32,7 @@ def cases() -> dict[str, dict[str, object]]:
     found = {name: told(on_rows.take([array], order), OLD[order]) for name, order in orders.items()}
     order = np.array([0, 31, 17, 3])
     found["of two"] = told(on_rows.take([array, array + 1], order), np.r_[OLD, OLD + 1][order])
+    found["every fourth"] = told(on_rows.every(array, 4, 3), OLD[3::4])
     found["second half"] = told(on_rows.part(array, 2, 1), OLD[8:])
     return found
 

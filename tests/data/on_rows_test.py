@@ -28,7 +28,7 @@ def test_each_device_keeps_its_share_of_the_rows(on_eight_devices):
     """Of features of a large batch no device has room for all."""
     expected = {"equal": True, "parts": [1 / 4]}  # data=2 × fsdp=2, beside tensor=2
     assert on_eight_devices == dict.fromkeys(on_eight_devices, expected)
-    assert len(on_eight_devices) == 6
+    assert len(on_eight_devices) == 7
 
 
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
@@ -38,6 +38,8 @@ def test_rows_of_one_device_or_of_the_host(kind):
     for found, expected in (
         (on_rows.take([array], index), old[index]),
         (on_rows.take([array], np.arange(6)[:, None]), old[:, None]),
+        (on_rows.every(array, 3, 1), old[1::3]),
+        (on_rows.every(array, 1, 0), old),
         (on_rows.part(array, 3, 1), old[2:4]),
         (on_rows.part(array, 1, 0), old),
     ):

@@ -25,6 +25,9 @@ KEYS = {
     "log_samples": 2,
 }
 
+IN_PIECES = {"rollout_pieces": 2}
+"""What one process samples at once, two do in two pieces."""
+
 
 @pytest.fixture(scope="module")
 def keys(warm, data, tmp_path_factory):
@@ -49,7 +52,7 @@ def one(keys, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(keys, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("two") / "run"
-    finish(2, workdir, keys)
+    finish(2, workdir, keys | IN_PIECES)
     return workdir
 
 
@@ -83,6 +86,7 @@ def test_four_processes_are_like_one(one, keys, tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_kill_ends_all_and_the_same_commands_continue(victim, two, keys, tmp_path):
     workdir = tmp_path / "run"
+    keys = keys | IN_PIECES
     with started(2, arguments(workdir, **keys)) as processes:
         end = time.monotonic() + LIMIT
         while not (workdir / "checkpoints" / "grpo" / "1").exists():

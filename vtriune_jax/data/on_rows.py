@@ -41,6 +41,15 @@ def part(array: Any, parts: int, k: int) -> Any:
     return _part(_place(array), parts, k)(array)
 
 
+def every(array: Any, parts: int, k: int) -> Any:
+    """Every `parts`-th row, beginning with the k-th: of each device's own."""
+    if parts == 1:
+        return array
+    if isinstance(array, np.ndarray):
+        return array[k::parts]
+    return _every(_place(array), parts, k)(array)
+
+
 def _place(array: jax.Array) -> Sharding:
     """Where rows taken from an array lie: cut as its own are, and not otherwise."""
     own = array.sharding
@@ -68,3 +77,10 @@ def _repeat(place: Sharding, times: int, index_rank: int) -> Callable[..., jax.A
 @functools.cache
 def _part(place: Sharding, parts: int, k: int) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda array: jnp.split(array, parts)[k], out_shardings=place)
+
+
+@functools.cache
+def _every(place: Sharding, parts: int, k: int) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(
+        lambda array: array.reshape(-1, parts, *array.shape[1:])[:, k], out_shardings=place
+    )

@@ -17,17 +17,21 @@ from vtriune_jax.errors import UserError
 from vtriune_jax.models import layout
 from vtriune_jax.models.config import ModelConfig
 from vtriune_jax.models.core import merge, split
+from vtriune_jax.models.pieces import map_rows
 from vtriune_jax.models.qwen2_5_vl import Qwen2_5_VL
 from vtriune_jax.models.vision import normalise
 from vtriune_jax.types import Vision
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 3))
 def encode(
-    graphdef: nnx.GraphDef, params: Mapping[str, Any], vision: Vision
+    graphdef: nnx.GraphDef, params: Mapping[str, Any], vision: Vision, pieces: int = 1
 ) -> Float[Array, "rows units embed"]:
-    """Image features of stacked visions (`layout.stack_visions`), once per prompt."""
-    return merge(graphdef, params).encode(vision)
+    """Image features of stacked visions (`layout.stack_visions`), once per prompt.
+
+    The rows, a multiple of `pieces`, go through the tower piece by piece, to save memory.
+    """
+    return map_rows(merge(graphdef, params).encode, vision, pieces)
 
 
 def forward(model: Qwen2_5_VL, inputs: Mapping[str, Any]) -> Float[Array, "batch tokens vocab"]:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from vtriune_jax import sharding
 from vtriune_jax.models import lora, merge
 from vtriune_jax.models.layers import gather
+from vtriune_jax.models.pieces import map_rows
 from vtriune_jax.models.weights import flatten, unflatten
 from vtriune_jax.rl.logprobs import token_logps
 from vtriune_jax.rl.losses import LossConfig
@@ -40,17 +41,14 @@ def make_logps(
     """
     rows_place = NamedSharding(mesh, sharding.ROWS)
 
-    def one(params: Any, batch: Batch) -> Float[Array, "rows n completion"]:
-        return policy_logps(graphdef, params, batch, loss, mesh)[0]
-
     @jax.jit
     def whole(params: Any, batch: Batch) -> Float[Array, "rows n completion"]:
         params = params if adapters else _without_adapters(params)
-        if micro_batches == 1:
-            return one(params, batch)
-        parts = split_rows(batch, micro_batches)
-        found = jax.lax.map(lambda part: one(params, part), parts)
-        return jnp.swapaxes(found, 0, 1).reshape(batch.mask.shape)
+
+        def logps(batch: Batch) -> Float[Array, "rows n completion"]:
+            return policy_logps(graphdef, params, batch, loss, mesh)[0]
+
+        return map_rows(logps, batch, micro_batches)
 
     def checked(params: Any, batch: Batch) -> Float[Array, "rows n completion"]:
         sharding.check_rows(batch.ids.shape[0], mesh, micro_batches)
@@ -154,15 +152,6 @@ def _completions(
         states = jnp.concatenate([last, own[:, :, :-1]], axis=2)
         targets = batch.ids[:, -n * size :]
     return states.reshape(rows * n, size, -1), targets.reshape(rows * n, size)
-
-
-def split_rows(batch: Batch, parts: int) -> Batch:
-    """The batch with a leading axis of `parts` in front of all others.
-
-    A part is every k-th row, so that it lies on all devices as the batch does.
-    """
-    split = batch.ids.shape[0] // parts, parts
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(*split, *x.shape[1:]), 0, 1), batch)
 
 
 def _own_rows(logps: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

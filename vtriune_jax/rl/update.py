@@ -14,10 +14,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vtriune_jax import sharding
+from vtriune_jax.models.pieces import split_rows
 from vtriune_jax.optim import combine, partition
 from vtriune_jax.rl.losses import LossConfig, policy_gradient, sft
 from vtriune_jax.rl.normalise import Sums, add_sums
-from vtriune_jax.rl.policy import as_rows, policy_logps, split_rows
+from vtriune_jax.rl.policy import as_rows, policy_logps
 from vtriune_jax.types import Batch, TrainState
 
 
