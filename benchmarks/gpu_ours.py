@@ -123,7 +123,7 @@ def update(
     given = graphdef, tx, loss_config(), mesh, state
     how: dict[str, Any] = dict(num_sources=1, freeze=work.freeze, micro_batches=parts)
     trained = frozenset(weights.flatten(partition(state.params, work.freeze)[0]))
-    program = Program(jit_update(*given, **how), state, batch, config, trained)
+    program = Program(jit_update(*given, **how), state, batch, config, trained, held=0)
     apart = pack(groups, gains, ones, {"bench": 0}, slots, features)  # a row for each completion
     counted = {
         "flops": flops.model_flops(program),

@@ -2,10 +2,10 @@
 
     python benchmarks/topologies.py [FOLDER]
 
-One `python -m vtriune_jax.compile` a row, a minute each; it needs the compilers of TPUs and of CUDA
-(pip install 'jax[tpu,cuda13]', or one after the other). Their JSON files go into FOLDER
-(runs/topologies), and rows that are there already are not compiled again. The table is printed, and
-put between its marks in README.md.
+One `python -m vtriune_jax.compile` a row, some minutes each; it needs the compilers of TPUs and of
+CUDA (pip install 'jax[tpu,cuda13]', or one after the other). Their JSON files go into FOLDER
+(runs/topologies/COMMIT), and rows that are there already are not compiled again. The table is
+printed, and put between its marks in README.md. "Held" is what training has beside state and batch.
 """
 
 import json
@@ -25,9 +25,9 @@ PROGRAMS = (
 )
 """Config, topology, and keys that are set on the command line."""
 HEAD = """\
-| config | topology | devices | GiB per device | arguments | temporaries | limit | free \
+| config | topology | devices | GiB per device | arguments | temporaries | held | limit | free \
 | tokens per update | sent per device, TB | bound, s | MFU, at most |
-|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"""
+|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"""
 GIB = 2**30
 README = Path(__file__).resolve().parents[1] / "README.md"
 MARKS = "<!-- by benchmarks/topologies.py -->\n", "<!-- end -->\n"
@@ -58,14 +58,16 @@ def numbers(config: str, topology: str, keys: str, folder: Path) -> dict:
         words = [f"--config=configs/{config}.py", f"--topology={topology}", f"--json={file}"]
         words += [f"--config.{pair}" for pair in keys.split()]
         command = [sys.executable, "-m", "vtriune_jax.compile", *words]
-        subprocess.run(command, stdout=sys.stderr, check=False)  # 1: it does not fit
+        if subprocess.run(command, stdout=sys.stderr, check=False).returncode > 1:
+            sys.exit(f"{' '.join(command)} failed, for the reason above")  # 1: it does not fit
     return json.loads(file.read_text())
 
 
 def line(found: dict, keys: str) -> str:
     """One row of the table."""
     total, limit = found["bytes_per_device"], found["bytes_limit"]
-    memory = (found[key] / GIB for key in ("bytes_per_device", "argument_bytes", "temp_bytes"))
+    names = ("bytes_per_device", "argument_bytes", "temp_bytes", "held_bytes")
+    memory = (found[name] / GIB for name in names)
     cells = [
         f"`{found['config']}`" + (f" {keys}" if keys else ""),
         found["topology"],
@@ -75,7 +77,9 @@ def line(found: dict, keys: str) -> str:
         f"{1 - total / limit:.0%}" if found["fits"] else "does not fit",
         f"{found['tokens_per_step'] / 1e6:.1f} M",
     ]
-    if found["fits"]:
+    if found["estimated_mfu"] is None:
+        cells += ["not known"] * 3
+    else:
         cells += [
             f"{found['collective_bytes_per_step'] / 1e12:.1f}",
             f"{found['estimated_step_seconds']:.0f}",
@@ -84,5 +88,12 @@ def line(found: dict, keys: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def commit() -> str:
+    """Of the code that is compiled, short."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/topologies"))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else f"runs/topologies/{commit()}"))

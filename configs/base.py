@@ -148,6 +148,9 @@ def get_config() -> Any:
         mu_dtype="float32",
         grad_clip=1.0,
         freeze=("^visual/",),  # the vision tower and its merger: training them is unstable
+        # Methods are combinations of the keys below: GRPO as published is normalise="sequence", DAPO
+        # the defaults with refill and overlong_cushion, Dr.GRPO advantage="dr_grpo" and
+        # normalise="dr", GSPO loss="gspo" with normalise="sequence" and its small clips.
         # What a completion's reward is compared with, and scaled by: "grpo" mean and spread of its
         # group, "dr_grpo" the mean only, "rloo" the mean of the others, "reinforce++" mean and
         # spread of the batch, "reinforce++_baseline" mean of the group, spread of the batch.
@@ -188,8 +191,8 @@ def get_config() -> Any:
         # Of "sglang": the servers, as ("http://host:30000",), or a file that lists them, as
         # ("runs/fleet/addresses",), which is read again and again: servers may come and go.
         addresses=(),
-        # Of "local": a step's prompts are completed in so many parts, one after the other: the keys
-        # and values of all tokens of a part are in memory at once. Same result.
+        # Of "local": a step's prompts are completed in up to so many parts, one after the other, as
+        # the keys and values of all tokens of a part are in memory at once. Same result.
         pieces=1,
         # Updates that may pass between sampling and training: at 0 every step samples from the
         # parameters that it trains, at 1 the next step's completions are begun before the update,
@@ -231,7 +234,7 @@ def get_config() -> Any:
     )
     config["eval"] = dict(
         rows_per_source=64,  # held-out rows that are scored; 0 leaves the evaluation out
-        batch=64,  # prompts that are completed together
+        batch=64,  # prompts that are completed together, at least: a multiple of the devices
         temperature=0.0,  # of sampling; 0.0 is greedy
         # IoU that boxes must reach in evaluations, fixed so that before and after compare; in
         # training it rises with progress: 0.85, 0.95, 0.99.

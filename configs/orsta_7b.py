@@ -38,7 +38,6 @@ def get_config() -> Any:
     config.batch.micro_batches = 64  # on 16 devices: a group each at once
     config.rollout.pieces = 8  # 8 GiB of keys and values on each
 
-    config.sft.prompts = 1024  # no supervised stage; a multiple of micro_batches all the same
     config.verifiers.workers = 16
     config.eval.batch = 128
     return config

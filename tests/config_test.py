@@ -127,7 +127,8 @@ def test_an_unknown_key_is_answered_with_the_nearest(key, expected):
         ("mesh.fsdp", "0", "or -1 for the rest"),
         ("log.seconds", "-1", "0 or more"),
         ("data.min_pixels", "9999999", "must not exceed data.max_pixels=4194304"),
-        ("grpo.minibatches", "7", "choose 8190 or 8197"),
+        ("grpo.minibatches", "7", "choose grpo.prompts=1022 or 1029"),
+        ("grpo.clip_high", "inf", "above 0, and finite"),
         ("grpo.loss", "ppo", 'one of "grpo", "gspo", "cispo"'),
         ("grpo.advantage", "gae", '"reinforce++_baseline"'),
         ("grpo.normalise", "batch", 'one of "token", "sequence", "dr"'),
@@ -179,6 +180,8 @@ def test_check_judges_a_config_made_in_python():
     config.sft.prompts = 5
     config.batch.micro_batches = 2
     assert fails(configs.check, config).startswith("the config: sft.prompts=5 is not divisible")
+    config.stages = ("grpo",)
+    configs.check(config)  # what is not there has no rows
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from vtriune_jax import sharding
 from vtriune_jax.data.rows import Slots
 from vtriune_jax.errors import UserError
 from vtriune_jax.evaluate import evaluate, items, read_means, save_means
@@ -53,6 +54,7 @@ def make_parts():
                     data=SimpleNamespace(threads=2, on_bad_row=on_bad_row),
                     seed=3,
                 ),
+                mesh=sharding.make_mesh(),
                 slots=Slots(prompt_tokens=9, completion_tokens=4, windows=2, pad_id=0),
                 model_config=SimpleNamespace(vision=SimpleNamespace(patch_size=14)),
                 heldout=tuple(map(make_sample, range(7))),

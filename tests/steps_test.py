@@ -66,14 +66,15 @@ def test_completions_made_in_pieces_are_in_the_order_of_their_prompts(parts):
         return [(prompt, number, int(feature)) for prompt, number, feature in rows]
 
     parts.engine, parts.served = SimpleNamespace(generate=generate), None
-    parts.slots = SimpleNamespace(prompt_tokens=9)
+    parts.slots, parts.mesh = SimpleNamespace(prompt_tokens=9), sharding.make_mesh()
     prompts, features = [make_prompt(text) for text in "abcdef"], np.arange(6)
     found = []
-    for pieces in (1, 3):
+    for pieces in (1, 3, 4):
         parts.config = SimpleNamespace(seed=0, rollout=SimpleNamespace(pieces=pieces))
         found.append(respond(GRPO, 0, parts, {}, prompts, features))
-    assert asked == [list("abcdef"), ["a", "d"], ["b", "e"], ["c", "f"]]
-    assert found[0] == found[1]
+    assert asked[:4] == [list("abcdef"), ["a", "d"], ["b", "e"], ["c", "f"]]
+    assert asked[4:] == [["a", "c", "e"], ["b", "d", "f"]]  # four do not divide six, two do
+    assert found[0] == found[1] == found[2]
     assert [(prompt.sample.demonstration, row) for prompt, _, row in found[0]] == [
         *zip("abcdef", range(6), strict=True)
     ]

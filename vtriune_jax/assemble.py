@@ -27,6 +27,7 @@ from vtriune_jax.models import lora
 from vtriune_jax.models.config import ModelConfig
 from vtriune_jax.rollout.local import LocalEngine
 from vtriune_jax.served import ServedEngine, serve
+from vtriune_jax.stages import check_rows
 from vtriune_jax.tiny import ensure_tiny
 from vtriune_jax.types import Prompt, Sample
 from vtriune_jax.verifiers import known_verifiers
@@ -95,7 +96,7 @@ def assemble(config: Any, workdir: Path) -> Iterator[Parts]:
     """
     mesh = sharding.make_mesh(**config.mesh)
     _check_hosts(config, mesh)
-    _check_rows(config, mesh)
+    check_rows(config, mesh)
     with hosts.together():
         train = tuple((_load(config, name, "train"), float(w)) for name, w in config.data.train)
         heldout = _heldout(config)
@@ -180,33 +181,6 @@ def _check_hosts(config: Any, mesh: Mesh) -> None:
             f"rollout.ahead={keys.ahead} with grpo.refill={config.grpo.refill} is not possible "
             f"with a fleet over {processes} processes, which would have to agree on each refill "
             "while they train; choose 0 for one of the two, or one process"
-        )
-
-
-def _check_rows(config: Any, mesh: Mesh) -> None:
-    """Every step's prompts and rows must divide over the devices; better said now than later."""
-    shards, pieces = sharding.row_shards(mesh), config.batch.micro_batches
-    grpo, processes = config.grpo, jax.process_count()
-    drawn = shards * (config.rollout.pieces if config.rollout.engine == "local" else 1)
-    needs = {
-        "eval.batch": (config.eval.batch, shards),
-        "sft.prompts": (config.sft.prompts, shards * pieces),
-        "grpo.prompts": (grpo.prompts, math.lcm(drawn, processes * grpo.minibatches)),
-        "grpo.prompts×samples÷minibatches": (
-            grpo.prompts * grpo.samples // grpo.minibatches,
-            shards * pieces,
-        ),
-    }
-    wrong = [
-        f"{key}={rows} is not a multiple of {parts}, choose {-(-rows // parts) * parts}"
-        for key, (rows, parts) in needs.items()
-        if rows % parts and key.split(".")[0] in ("eval", *config.stages)
-    ]
-    if wrong:
-        raise UserError(
-            f"{'; '.join(wrong)}, or another mesh (now data×fsdp={shards}, "
-            f"batch.micro_batches={pieces}, rollout.pieces={config.rollout.pieces}, "
-            f"grpo.minibatches={grpo.minibatches}, processes={processes})"
         )
 
 

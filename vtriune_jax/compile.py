@@ -18,6 +18,9 @@ XLA_PYTHON_CLIENT_MEM_FRACTION). What is compiled is the very `update` of
 the last stage of the config, with the batch that the config describes; checkpoint and data need not
 be there. A step here is one call of it; grpo.minibatches of them make a step of training.
 
+What training holds beside the arguments of the update counts as memory, at most: the reference
+model and image features. Sampling is not compiled: rollout.pieces bounds what it takes.
+
 The time is a lower bound: the slowest of matrix products, memory, links and links between slices,
 each at its data-sheet peak, as if the others hid behind it. Every result counts as written once and
 read once.
@@ -50,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
             print(__doc__)
             return 0
         config = configs.load(options.config, overrides)
+        if options.json:
+            _write(Path(options.json), {})  # a mistake shows before the minutes of compiling
         found = run(options.config, config, options.topology, options.num_slices)
         print(text(found))
         if options.json:
@@ -97,7 +102,8 @@ def text(found: Any) -> str:
     lines = [
         f"{found.config} on {found.topology}{slices}: {found.devices} devices, {mesh}",
         f"memory       {verdict}: {total:.2f} of {limit:.2f} GiB per device (arguments "
-        f"{found.argument_bytes / 2**30:.2f}, temporaries {found.temp_bytes / 2**30:.2f})",
+        f"{found.argument_bytes / 2**30:.2f}, temporaries {found.temp_bytes / 2**30:.2f}, held "
+        f"beside them {found.held_bytes / 2**30:.2f})",
         f"work         {found.tokens_per_step:,} tokens, {found.model_flops_per_step:.3g} model "
         f"FLOPs, {found.executed_flops_per_step:.3g} executed, in one update",
     ]

@@ -173,17 +173,25 @@ def _relations(values: Mapping[str, Any]) -> list[str]:
     """The broken lines of DIVISIBLE and RELATIONS, as far as their keys are all there."""
     found = []
     for whole, part in DIVISIBLE:
-        if values.keys() >= {*whole, *part}:
+        if values.keys() >= {*whole, *part} and _matters(whole[0], values):
             total, divisor = (math.prod(values[key] for key in keys) for keys in (whole, part))
             if total % divisor:
-                low = total - total % divisor
-                near = " or ".join(str(size) for size in (low, low + divisor) if size)
+                step = divisor // math.gcd(divisor, total // values[whole[0]])
+                low = values[whole[0]] // step * step
+                near = " or ".join(str(size) for size in (low, low + step) if size)
+                near = f"{whole[0]}={near}" if len(whole) > 1 else near
                 name, by = "×".join(whole), "×".join(part)
                 found.append(f"{name}={total} is not divisible by {by}={divisor}; choose {near}")
     for test, words, keys in RELATIONS:
         if values.keys() >= set(keys) and not test(*(values[key] for key in keys)):
             found.append(words.format(*(f"{key}={values[key]!r}" for key in keys)))
     return found
+
+
+def _matters(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether a key is of no stage, or of one that the config has."""
+    group = key.split(".")[0]
+    return group not in ("sft", "grpo") or group in values.get("stages", (group,))
 
 
 def _unknown(key: str, kinds: Mapping[str, Any]) -> str:

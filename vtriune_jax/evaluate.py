@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vtriune_jax import hosts
+from vtriune_jax import hosts, sharding
 from vtriune_jax.assemble import Parts
 from vtriune_jax.data.feed import Skipped, feed, tell
 from vtriune_jax.data.packing import check_fits
@@ -58,8 +58,10 @@ def evaluate(parts: Parts, params: Any, version: int) -> HeldOut:
     if parts.served:
         parts.served.push(params, version)
     key = jax.random.key(parts.config.seed)
-    share, starts = hosts.share(), range(0, len(parts.heldout), keys.batch)
-    slots = range(keys.batch)[share.slice]
+    shards = sharding.row_shards(parts.mesh)
+    size = -(-keys.batch // shards) * shards
+    share, starts = hosts.share(), range(0, len(parts.heldout), size)
+    slots = range(size)[share.slice]
     groups: list[Group] = []
     numbers: list[int] = []
     pending, skipped = [], []
@@ -72,7 +74,7 @@ def evaluate(parts: Parts, params: Any, version: int) -> HeldOut:
     with feed(parts.config.data.threads, parts.config.data.on_bad_row) as source:
 
         def prepare(start: int) -> list[Prompt | Skipped]:
-            return source.prompts(parts.heldout[start : start + keys.batch][share.slice], make)
+            return source.prompts(parts.heldout[start : start + size][share.slice], make)
 
         def any_prompt() -> Prompt:
             """For a process all of whose rows are bad, while others have good ones."""

@@ -16,7 +16,7 @@ processes find each other by themselves, else by
 
 Exit status: 0 done, 2 a mistake in the input (one line says which), 3 another process of the run is
 gone (the same commands continue), 130 interrupted.
-Compiled programs are kept in ~/.cache/vtriune_jax/jax (JAX_COMPILATION_CACHE_DIR overrides it).
+Compiled programs are kept in ~/.cache/vtriune_jax (JAX_COMPILATION_CACHE_DIR overrides it).
 """
 
 from __future__ import annotations

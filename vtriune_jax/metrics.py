@@ -201,7 +201,8 @@ def _group_pairs(
     for group, judged in zip(groups, verdicts, strict=True):
         source = metric_name(group.prompt.sample.data_source)
         scores = [verdict.score for verdict in judged if verdict.status == "ok"]
-        yield f"zero_variance/{source}", float(len(set(scores)) == 1), float(bool(scores))
+        if len(scores) > 1:
+            yield f"zero_variance/{source}", float(len(set(scores)) == 1), 1.0
         for completion, verdict in zip(group.completions, judged, strict=True):
             for name, value in _completion_values(completion, verdict):
                 yield f"{name}/{source}", value, 1.0

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from vtriune_jax import sharding
+from vtriune_jax.errors import UserError
 from vtriune_jax.models import lora
 from vtriune_jax.optim import OptimConfig
 from vtriune_jax.rl.advantages import Kind
@@ -83,6 +88,31 @@ def plan(config: Any, banned_ids: tuple[int, ...]) -> list[Stage]:
         )
         start += keys.steps
     return stages
+
+
+def check_rows(config: Any, mesh: Mesh) -> None:
+    """UserError unless every step's prompts and rows divide over the devices."""
+    shards, pieces = sharding.row_shards(mesh), config.batch.micro_batches
+    grpo, processes = config.grpo, jax.process_count()
+    needs = {
+        "sft.prompts": (config.sft.prompts, shards * pieces),
+        "grpo.prompts": (grpo.prompts, math.lcm(shards, processes * grpo.minibatches)),
+        "grpo.prompts×samples÷minibatches": (
+            grpo.prompts * grpo.samples // grpo.minibatches,
+            shards * pieces,
+        ),
+    }
+    wrong = [
+        f"{key}={rows} is not a multiple of {parts}, choose {-(-rows // parts) * parts}"
+        for key, (rows, parts) in needs.items()
+        if rows % parts and key.split(".")[0] in config.stages
+    ]
+    if wrong:
+        raise UserError(
+            f"{'; '.join(wrong)}, or another mesh (now data×fsdp={shards}, "
+            f"batch.micro_batches={pieces}, grpo.minibatches={grpo.minibatches}, "
+            f"processes={processes})"
+        )
 
 
 def _sft(keys: Any, completion_tokens: int, banned_ids: tuple[int, ...]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ nobody judges them, and each has advantage 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,9 +133,9 @@ def respond(
 ) -> list[Group]:
     """n completions of every prompt, or its demonstration.
 
-    The in-process sampler goes through the prompts in `rollout.pieces`. What is random follows from
-    the seed, the step of the run and the prompt's place in it, which is `drawn` for the first one;
-    of several processes each has every n-th place.
+    The in-process sampler goes through the prompts in up to `rollout.pieces`, each of which lies on
+    all devices. What is random follows from the seed, the step of the run and the prompt's place in
+    it, which is `drawn` for the first one; of several processes each has every n-th place.
     """
     if not stage.sampling:
         return [Group(prompt, (demonstration(prompt, parts),)) for prompt in prompts]
@@ -142,7 +143,10 @@ def respond(
     places = drawn + hosts.share().count * jnp.arange(len(prompts))
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(places)
     slot = parts.slots.prompt_tokens
-    pieces = 1 if parts.served else parts.config.rollout.pieces
+    pieces = 1
+    if not parts.served:
+        rows = len(prompts) * jax.process_count() // sharding.row_shards(parts.mesh)
+        pieces = math.gcd(rows, parts.config.rollout.pieces)
     groups: list[Any] = [None] * len(prompts)
     for k in range(pieces):
         own = slice(k, None, pieces)

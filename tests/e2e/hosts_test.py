@@ -25,8 +25,8 @@ KEYS = {
     "log_samples": 2,
 }
 
-IN_PIECES = {"rollout_pieces": 2}
-"""What one process samples at once, two do in two pieces."""
+IN_PIECES = {"rollout_pieces": 2, "eval_batch": 7}
+"""What one process samples at once, two do in two pieces; they evaluate 8 prompts at a time."""
 
 
 @pytest.fixture(scope="module")

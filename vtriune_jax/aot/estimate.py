@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass, field
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from vtriune_jax import sharding
 from vtriune_jax.aot import flops, hlo
+from vtriune_jax.aot.held import param_bytes
 from vtriune_jax.aot.program import Program
 from vtriune_jax.aot.topology import Topology
 
@@ -36,10 +37,12 @@ class Estimate:
     mesh: dict[str, int]
     fits: bool
     bytes_per_device: int
-    """Arguments, temporaries, and results that do not lie in the arguments' place."""
+    """Arguments, temporaries, results that do not lie in the arguments' place, and what is held."""
     bytes_limit: int
     argument_bytes: int
     temp_bytes: int
+    held_bytes: int
+    """Of what training holds besides, at most: a reference model, image features."""
     tokens_per_step: int
     """Token slots of one update, padding included."""
     model_flops_per_step: float
@@ -88,6 +91,7 @@ def estimate(name: str, config: Any, program: Program, topology: Topology, mesh:
         "tokens_per_step": flops.tokens(program),
         "model_flops_per_step": flops.model_flops(program),
         "executed_flops_per_step": flops.executed_flops(program),
+        "held_bytes": program.held,
     }
     memory: dict[str, Any]
     if compiled is None:
@@ -110,6 +114,7 @@ def estimate(name: str, config: Any, program: Program, topology: Topology, mesh:
             numbers |= roofline(module.traffic(), memory["argument_bytes"], numbers, topology)
         else:
             memory["largest_buffers"] = _largest_arrays(program, len(topology.devices))
+    memory["bytes_per_device"] += program.held
     fits = memory["bytes_per_device"] <= topology.memory
     hints = [] if fits else advice(config, program, mesh, memory, topology.memory)
     return Estimate(fits=fits, advice=hints, **numbers, **memory)
@@ -144,14 +149,8 @@ def roofline(
 
 def argument_bytes(program: Program, mesh: Mesh) -> int:
     """Bytes on one device of the state and the batch."""
-    state = zip(
-        jax.tree.leaves(program.state),
-        jax.tree.leaves(sharding.shardings(program.state, mesh)),
-        strict=True,
-    )
-    total = sum(prod(place.shard_shape(x.shape)) * x.dtype.itemsize for x, place in state)
     batch = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.batch))
-    return total + batch // sharding.row_shards(mesh)
+    return param_bytes(program.state, mesh) + batch // sharding.row_shards(mesh)
 
 
 def needed_bytes(trouble: str, arguments: int) -> int:
@@ -174,10 +173,13 @@ def advice(
 ) -> list[str]:
     """What to change so that the program fits, the nearest means first."""
     rows, shards = prod(program.batch.mask.shape[:2]), sharding.row_shards(mesh)
+    if "sft" in config.stages:
+        rows = gcd(rows, config.sft.prompts)  # both are cut into the same number of pieces
     pieces, found = config.batch.micro_batches, []
-    if memory["argument_bytes"] > 0.9 * limit:
+    kept = memory["argument_bytes"] + program.held
+    if kept > 0.9 * limit:
         found.append(
-            f"state and batch alone take {memory['argument_bytes'] / GIB:.1f} GiB of "
+            f"state, batch and image features alone take {kept / GIB:.1f} GiB of "
             f"{limit / GIB:.1f}: take more devices or fewer rows per update; batch.windows sets "
             "the size of the image features"
         )

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from vtriune_jax import models, sharding
+from vtriune_jax.aot.held import held_bytes
 from vtriune_jax.data import digits
 from vtriune_jax.data.rows import Needs, Rows, Slots, choose
 from vtriune_jax.data.tokenizer import load_processor, write_processor
@@ -22,7 +23,7 @@ from vtriune_jax.models.pretrained import read_config
 from vtriune_jax.models.sizes import SIZES
 from vtriune_jax.optim import make_optimizer, partition
 from vtriune_jax.rl.update import abstract_state, jit_update
-from vtriune_jax.stages import Stage, plan
+from vtriune_jax.stages import Stage, check_rows, plan
 from vtriune_jax.tiny import tiny_config
 from vtriune_jax.types import Batch, TrainState, Vision
 
@@ -37,14 +38,17 @@ class Program:
     model: ModelConfig
     trained: frozenset[str]
     """Paths of the parameters that are trained."""
+    held: int
+    """Bytes on a device that training holds beside them (`held.held_bytes`)."""
 
 
 def build(config: Any, mesh: Mesh) -> Program:
     """The update of the last stage of `config.stages` on the mesh.
 
     The model's sizes come from its folder or, where there is none, from its name. UserError where
-    neither tells them, or the rows of the batch do not divide over the mesh.
+    neither tells them, or the rows of any stage do not divide over the mesh.
     """
+    check_rows(config, mesh)
     model = model_config(config)
     stage = plan(config, model.banned_ids)[-1]
     graphdef, params = models.abstract(model)
@@ -65,13 +69,14 @@ def build(config: Any, mesh: Mesh) -> Program:
     )
     vision_frozen = "visual" not in trained
     completions = stage.prompts * max(1, stage.samples) // stage.minibatches
-    sharding.check_rows(completions, mesh, config.batch.micro_batches)
     shape = rows_of(config.batch, stage, model, vision_frozen, sharding.row_shards(mesh))
     count = completions // shape.n
     batch = abstract_batch(config.batch, model, count, shape, vision_frozen=vision_frozen)
     logps = {"old_logps": stage.loss.old == "recomputed", "reference_logps": stage.loss.kl_weight}
     batch = replace(batch, **{name: batch.mask for name, needed in logps.items() if needed})
-    return Program(update, state, batch, model, frozenset(weights.flatten(trained)))
+    reference = params if stage.loss.kl_weight and not model.lora else None
+    held = held_bytes(stage, config.batch.layout, reference, batch, mesh)
+    return Program(update, state, batch, model, frozenset(weights.flatten(trained)), held)
 
 
 def model_config(config: Any) -> ModelConfig:
@@ -84,7 +89,7 @@ def model_config(config: Any) -> ModelConfig:
 def rows_of(keys: Any, stage: Stage, model: ModelConfig, vision_frozen: bool, shards: int) -> Rows:
     """The rows that training takes where prompts and completions fill their slots.
 
-    They are the largest: shorter completions go into shorter slots, or are packed.
+    They have the most tokens: shorter completions go into shorter slots, or are packed.
     """
     return choose(
         keys.layout,
