@@ -236,17 +236,25 @@ def test_threads_change_nothing(processor):
             np.testing.assert_array_equal(got, want)
 
 
+Image.init()
+KINDS = [
+    kind for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "AVIF") if kind in Image.SAVE
+]
+
+
 @given(
-    kind=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"]),
-    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=20),
-    cut=st.floats(0, 1),
+    kind=st.sampled_from(KINDS),
+    edits=st.lists(st.tuples(st.integers(0, 1999), st.integers(0, 255)), min_size=1, max_size=20),
+    cut=st.just(1.0) | st.floats(0, 1),
 )
 @settings(max_examples=150, deadline=None)
 @pytest.mark.filterwarnings("ignore")  # Pillow warns about odd metadata before it fails
 def test_damaged_files_decode_or_raise_user_error(kind, edits, cut):
-    data = bytearray(encode(Image.open(io.BytesIO(png(20, 20))), kind))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = bytearray(encode(Image.open(io.BytesIO(png(20, 20))), kind, exif=exif))
     for place, value in edits:
-        data[int(place * (len(data) - 1))] = value
+        data[place % len(data)] = value
     data = bytes(data[: int(cut * len(data)) or 1])
     fault = ""
     try:

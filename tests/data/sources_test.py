@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import io
 import multiprocessing
+import re
 
 import datasets
 import numpy as np
@@ -270,6 +271,18 @@ def test_bad_rows_are_named_or_skipped(tmp_path, bad, message):
     source = sources.load(path, "train", known_verifiers=KNOWN, on_bad_row="skip")
     assert [s.id for s in source] == ["bad:0", "bad:2"]
     assert (source.skipped, source.first_fault) == (1, text)
+
+
+def test_a_picture_that_pillow_takes_amiss(tmp_path):
+    """A damaged AVIF is a RuntimeError of Pillow's."""
+    Image.init()
+    if "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow writes no AVIF")
+    Image.new("RGB", (20, 20)).save(buffer := io.BytesIO(), "AVIF")
+    head, _, rest = buffer.getvalue().partition(b"pitm")  # tells which item is shown
+    broken = head + b"\0\0\0\0" + rest
+    text = error_of(write_plain(tmp_path / "a.parquet", row(images=[broken])))
+    assert re.search(r"row 0: image 0 \(\d+ bytes\) cannot be read as a picture", text)
 
 
 def test_only_bad_rows(tmp_path):

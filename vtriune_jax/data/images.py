@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import io
 import math
-import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 
 from vtriune_jax.data import resize
+from vtriune_jax.data.schema import BROKEN
 from vtriune_jax.errors import UserError
 from vtriune_jax.models.config import PIXEL_MEAN, PIXEL_STD
 
@@ -33,7 +32,6 @@ that are small as a file and fill the memory."""
 THINNEST = 200
 """The aspect ratio above which Qwen2-VL takes no picture."""
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 # Pillow returns the memory of each picture to the system, whose new pages then cost a quarter of
@@ -96,7 +94,7 @@ def decode(data: bytes, where: str) -> Image.Image:
             f"{where}: the image is above the limit of {LARGEST} pixels ({error}); "
             "shrink the picture or drop the row"
         ) from error
-    except _BROKEN as error:
+    except BROKEN as error:
         raise UserError(
             f"{where}: the image cannot be decoded ({type(error).__name__}: {error}); "
             "replace the picture or drop the row"

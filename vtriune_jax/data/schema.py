@@ -12,6 +12,8 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import struct
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,23 @@ from vtriune_jax.errors import UserError
 from vtriune_jax.types import Message, RewardConfig, Sample
 
 IMAGE = "<image>"
+
+BROKEN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow raises on a damaged file. So many, as its plugins trust what they parse: it may be a
+RuntimeError (AVIF), a TypeError (TIFF), an AssertionError (ICNS) …"""
 
 DETECTION_RATIOS = {
     "iou_max_label_first": 1.0,
@@ -162,7 +181,7 @@ def _images(cells: Sequence[Any] | None, where: str) -> tuple[bytes, ...]:
     for number, data in enumerate(images):
         try:
             Image.open(io.BytesIO(data)).close()  # reads the header only
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (*BROKEN, Image.DecompressionBombError) as error:
             raise UserError(
                 f"{where}: image {number} ({len(data)} bytes) cannot be read as a picture "
                 f"({type(error).__name__}); store PNG or JPEG bytes or drop the row"
