@@ -201,6 +201,20 @@ def test_every_exif_orientation(processor, orientation):
     np.testing.assert_array_equal(np.asarray(decoded), np.asarray(upright))
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about odd EXIF
+def test_odd_exif_spoils_no_picture():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A] = 6, "Canon", 72.0
+    data = encode(photo(7, 4), "JPEG", exif=exif)
+    plain = Image.open(io.BytesIO(data))
+    views = [view.tobytes() for view in (plain, *map(plain.transpose, Image.Transpose))]
+    start, length = data.index(exif.tobytes()), len(exif.tobytes())
+    for place in range(start, start + length):
+        for value in (0, 1, 2, 5, 7, 255):
+            odd = data[:place] + bytes([value]) + data[place + 1 :]
+            assert images.decode(odd, "x").tobytes() in views
+
+
 def test_an_animation_gives_its_first_frame():
     frames = [photo(60, 40, seed=k) for k in range(3)]
     for kind in ("GIF", "PNG", "WEBP"):

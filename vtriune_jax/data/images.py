@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from vtriune_jax.data import resize
 from vtriune_jax.data.schema import BROKEN
@@ -31,6 +31,17 @@ that are small as a file and fill the memory."""
 
 THINNEST = 200
 """The aspect ratio above which Qwen2-VL takes no picture."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture of this EXIF orientation upright."""
 
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -87,8 +98,9 @@ def decode(data: bytes, where: str) -> Image.Image:
         if image.width * image.height > LARGEST:
             raise Image.DecompressionBombError(f"{image.width}×{image.height} pixels")
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        turn = _turn(image)
+        image = _to_rgb(image)
+        return image if turn is None else image.transpose(turn)
     except _BOMB as error:
         raise UserError(
             f"{where}: the image is above the limit of {LARGEST} pixels ({error}); "
@@ -146,6 +158,18 @@ def target_size(size: tuple[int, int], unit: int, limits: tuple[int, int]) -> tu
         grow = math.sqrt(low / (height * width))
         sides = [math.ceil(side * grow / unit) for side in size]
     return sides[0] * unit, sides[1] * unit
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How a loaded picture is made upright, as `ImageOps.exif_transpose` does it.
+
+    That writes EXIF anew besides, which fails where a value is odd. EXIF that cannot be read tells
+    no orientation.
+    """
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except BROKEN:
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
