@@ -41,7 +41,16 @@ def test_transparent_becomes_white():
 
 def test_sixteen_bit_grey_is_scaled_not_clipped():
     deep = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
-    assert set(np.asarray(images.decode(encode(deep), "x")).ravel()) == {0x80}
+    pgm = b"P5 4 4 65535\n" + b"\x80\0" * 16
+    for data in (encode(deep), encode(deep, "TIFF"), pgm):
+        assert set(np.asarray(images.decode(data, "x")).ravel()) == {0x80}
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(np.int32, "I"), (np.float32, "F")])
+def test_grey_without_a_range_is_refused(kind, mode):
+    data = encode(Image.fromarray(np.ones((4, 4), kind)), "TIFF")
+    with pytest.raises(UserError, match=f"^x: .*grey of mode {mode} .* save it with 8 or 16 bits"):
+        images.decode(data, "x")
 
 
 def test_exif_rotation_is_applied():

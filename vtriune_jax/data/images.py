@@ -91,7 +91,8 @@ def check_normalisation(processor: Any) -> None:
 def decode(data: bytes, where: str) -> Image.Image:
     """Decode to upright RGB; transparent parts become white, of an animation the first frame.
 
-    Raises UserError, beginning with `where`, for what is broken, cut off or above `LARGEST`.
+    Raises UserError, beginning with `where`, for what is broken, cut off, above `LARGEST` or grey
+    without a fixed range.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -173,8 +174,13 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey values at 255
+    # Pillow would clip grey values at 255. Mode I holds 32 bits, of these formats 16.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"grey of mode {image.mode} has no fixed range: save it with 8 or 16 bits per channel"
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
