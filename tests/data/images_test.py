@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.data.conftest import png
@@ -302,3 +302,25 @@ def test_a_picture_as_it_is_seen_is_seen_the_same_again(processor, mode, size):
     np.testing.assert_array_equal(again, patches)
     np.testing.assert_array_equal(same, grid)
     assert (sent == data) == (mode == "RGB" and size == (56, 84))
+
+
+XMP = '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="3"/>'
+
+
+@pytest.mark.parametrize("place", ["eXIf", "XMP", "Raw profile"])
+def test_a_picture_that_is_turned_is_sent_turned(processor, place):
+    """Wherever its PNG says so: servers do not look there."""
+    exif, texts = Image.Exif(), PngImagePlugin.PngInfo()
+    exif[0x0112] = 3
+    profile = exif.tobytes()
+    if place == "XMP":
+        texts.add_itxt("XML:com.adobe.xmp", XMP)
+    elif place == "Raw profile":
+        text = f"\nexif\n{len(profile):8}\n{profile.hex()}\n"
+        texts.add_text("Raw profile type exif", text, zip=True)
+    picture = photo(56, 84)
+    options = {"exif": exif} if place == "eXIf" else {"pnginfo": texts}
+    data = encode(picture, "PNG", **options)
+    sent = images.as_png(data, (56, 84), processor.image_processor, "x")
+    turned = picture.transpose(Image.Transpose.ROTATE_180)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(sent))), np.asarray(turned))

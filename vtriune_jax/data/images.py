@@ -43,6 +43,10 @@ _TURNS = {
 }
 """What makes a picture of this EXIF orientation upright."""
 
+_MAY_TURN = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+"""Chunks of a PNG that can hold an orientation: as EXIF, in XMP, or in ImageMagick's "Raw profile".
+They may follow the pixels, so that only decoding it all would tell."""
+
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 # Pillow returns the memory of each picture to the system, whose new pages then cost a quarter of
@@ -120,7 +124,7 @@ def as_png(data: bytes, size: tuple[int, int], processor: Any, where: str) -> by
 
     A plain PNG of this size stays as it is. Raises UserError as `decode`.
     """
-    if data.startswith(b"\x89PNG") and b"eXIf" not in data:
+    if data.startswith(b"\x89PNG") and not any(chunk in data for chunk in _MAY_TURN):
         image = Image.open(io.BytesIO(data))
         if image.mode == "RGB" and image.size == size and "transparency" not in image.info:
             return data
