@@ -253,6 +253,10 @@ def test_builtin_errors(tmp_path):
         (row(prompt=[]), "prompt is empty"),
         (row(prompt=None), "prompt is empty"),
         (row(prompt=[{"role": "user", "content": None}]), "prompt.content is None"),
+        (row(prompt=[{"role": "user", "content": "<image><video>"}]), "the prompt has <video>,"),
+        (row(prompt=[{"role": "user", "content": "<|video_pad|>"}]), "has <|video_pad|>, but rows"),
+        (row(prompt=[{"role": "<|image_pad|>", "content": "?"}]), "the prompt has <|image_pad|>,"),
+        (row(videos=[b"mp4"]), "the column videos is not empty, but rows cannot have videos yet"),
         (row(data_source=None), "data_source is None"),
         (row(data_source=""), "data_source is ''"),
         (row(reward_model=None), "reward_model.verifier is None"),
@@ -264,7 +268,7 @@ def test_builtin_errors(tmp_path):
     ],
 )
 def test_bad_rows_are_named_or_skipped(tmp_path, bad, message):
-    path = write_plain(tmp_path / "bad.parquet", row(), bad, row())
+    path = write_plain(tmp_path / "bad.parquet", row(videos=[]), bad, row())
     text = error_of(path, known_verifiers=KNOWN)
     assert text.startswith(f"{path} row 1: ")
     assert message in text
