@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.data.conftest import png
@@ -41,7 +41,16 @@ def test_transparent_becomes_white():
 
 def test_sixteen_bit_grey_is_scaled_not_clipped():
     deep = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
-    assert set(np.asarray(images.decode(encode(deep), "x")).ravel()) == {0x80}
+    pgm = b"P5 4 4 65535\n" + b"\x80\0" * 16
+    for data in (encode(deep), encode(deep, "TIFF"), pgm):
+        assert set(np.asarray(images.decode(data, "x")).ravel()) == {0x80}
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(np.int32, "I"), (np.float32, "F")])
+def test_grey_without_a_range_is_refused(kind, mode):
+    data = encode(Image.fromarray(np.ones((4, 4), kind)), "TIFF")
+    with pytest.raises(UserError, match=f"^x: .*grey of mode {mode} .* save it with 8 or 16 bits"):
+        images.decode(data, "x")
 
 
 def test_exif_rotation_is_applied():
@@ -201,6 +210,20 @@ def test_every_exif_orientation(processor, orientation):
     np.testing.assert_array_equal(np.asarray(decoded), np.asarray(upright))
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about odd EXIF
+def test_odd_exif_spoils_no_picture():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A] = 6, "Canon", 72.0
+    data = encode(photo(7, 4), "JPEG", exif=exif)
+    plain = Image.open(io.BytesIO(data))
+    views = [view.tobytes() for view in (plain, *map(plain.transpose, Image.Transpose))]
+    start, length = data.index(exif.tobytes()), len(exif.tobytes())
+    for place in range(start, start + length):
+        for value in (0, 1, 2, 5, 7, 255):
+            odd = data[:place] + bytes([value]) + data[place + 1 :]
+            assert images.decode(odd, "x").tobytes() in views
+
+
 def test_an_animation_gives_its_first_frame():
     frames = [photo(60, 40, seed=k) for k in range(3)]
     for kind in ("GIF", "PNG", "WEBP"):
@@ -236,17 +259,25 @@ def test_threads_change_nothing(processor):
             np.testing.assert_array_equal(got, want)
 
 
+Image.init()
+KINDS = [
+    kind for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "AVIF") if kind in Image.SAVE
+]
+
+
 @given(
-    kind=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"]),
-    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=20),
-    cut=st.floats(0, 1),
+    kind=st.sampled_from(KINDS),
+    edits=st.lists(st.tuples(st.integers(0, 1999), st.integers(0, 255)), min_size=1, max_size=20),
+    cut=st.just(1.0) | st.floats(0, 1),
 )
 @settings(max_examples=150, deadline=None)
 @pytest.mark.filterwarnings("ignore")  # Pillow warns about odd metadata before it fails
 def test_damaged_files_decode_or_raise_user_error(kind, edits, cut):
-    data = bytearray(encode(Image.open(io.BytesIO(png(20, 20))), kind))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = bytearray(encode(Image.open(io.BytesIO(png(20, 20))), kind, exif=exif))
     for place, value in edits:
-        data[int(place * (len(data) - 1))] = value
+        data[place % len(data)] = value
     data = bytes(data[: int(cut * len(data)) or 1])
     fault = ""
     try:
@@ -271,3 +302,25 @@ def test_a_picture_as_it_is_seen_is_seen_the_same_again(processor, mode, size):
     np.testing.assert_array_equal(again, patches)
     np.testing.assert_array_equal(same, grid)
     assert (sent == data) == (mode == "RGB" and size == (56, 84))
+
+
+XMP = '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="3"/>'
+
+
+@pytest.mark.parametrize("place", ["eXIf", "XMP", "Raw profile"])
+def test_a_picture_that_is_turned_is_sent_turned(processor, place):
+    """Wherever its PNG says so: servers do not look there."""
+    exif, texts = Image.Exif(), PngImagePlugin.PngInfo()
+    exif[0x0112] = 3
+    profile = exif.tobytes()
+    if place == "XMP":
+        texts.add_itxt("XML:com.adobe.xmp", XMP)
+    elif place == "Raw profile":
+        text = f"\nexif\n{len(profile):8}\n{profile.hex()}\n"
+        texts.add_text("Raw profile type exif", text, zip=True)
+    picture = photo(56, 84)
+    options = {"exif": exif} if place == "eXIf" else {"pnginfo": texts}
+    data = encode(picture, "PNG", **options)
+    sent = images.as_png(data, (56, 84), processor.image_processor, "x")
+    turned = picture.transpose(Image.Transpose.ROTATE_180)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(sent))), np.asarray(turned))

@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import io
 import multiprocessing
+import re
 
 import datasets
 import numpy as np
@@ -252,6 +253,10 @@ def test_builtin_errors(tmp_path):
         (row(prompt=[]), "prompt is empty"),
         (row(prompt=None), "prompt is empty"),
         (row(prompt=[{"role": "user", "content": None}]), "prompt.content is None"),
+        (row(prompt=[{"role": "user", "content": "<image><video>"}]), "the prompt has <video>,"),
+        (row(prompt=[{"role": "user", "content": "<|video_pad|>"}]), "has <|video_pad|>, but rows"),
+        (row(prompt=[{"role": "<|image_pad|>", "content": "?"}]), "the prompt has <|image_pad|>,"),
+        (row(videos=[b"mp4"]), "the column videos is not empty, but rows cannot have videos yet"),
         (row(data_source=None), "data_source is None"),
         (row(data_source=""), "data_source is ''"),
         (row(reward_model=None), "reward_model.verifier is None"),
@@ -263,13 +268,25 @@ def test_builtin_errors(tmp_path):
     ],
 )
 def test_bad_rows_are_named_or_skipped(tmp_path, bad, message):
-    path = write_plain(tmp_path / "bad.parquet", row(), bad, row())
+    path = write_plain(tmp_path / "bad.parquet", row(videos=[]), bad, row())
     text = error_of(path, known_verifiers=KNOWN)
     assert text.startswith(f"{path} row 1: ")
     assert message in text
     source = sources.load(path, "train", known_verifiers=KNOWN, on_bad_row="skip")
     assert [s.id for s in source] == ["bad:0", "bad:2"]
     assert (source.skipped, source.first_fault) == (1, text)
+
+
+def test_a_picture_that_pillow_takes_amiss(tmp_path):
+    """A damaged AVIF is a RuntimeError of Pillow's."""
+    Image.init()
+    if "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow writes no AVIF")
+    Image.new("RGB", (20, 20)).save(buffer := io.BytesIO(), "AVIF")
+    head, _, rest = buffer.getvalue().partition(b"pitm")  # tells which item is shown
+    broken = head + b"\0\0\0\0" + rest
+    text = error_of(write_plain(tmp_path / "a.parquet", row(images=[broken])))
+    assert re.search(r"row 0: image 0 \(\d+ bytes\) cannot be read as a picture", text)
 
 
 def test_only_bad_rows(tmp_path):

@@ -105,6 +105,17 @@ def test_hub_layouts_load_alike(processor, processor_folder, tmp_path, place):
     assert loaded.image_processor.size == processor.image_processor.size
 
 
+def test_a_folder_of_save_pretrained_loads_alike(processor, tmp_path):
+    """transformers 5 writes no preprocessor_config.json."""
+    processor.save_pretrained(tmp_path)
+    loaded = tokenizer.load_processor(tmp_path)
+    assert render(loaded, CHAT, add_generation_prompt=True) == EXPECTED
+    assert loaded.image_processor.to_dict() == processor.image_processor.to_dict()
+    (tmp_path / "processor_config.json").unlink()
+    with pytest.raises(UserError, match=r" processor_config.json or preprocessor_config.json is"):
+        tokenizer.load_processor(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "preprocessor_config.json"])
 def test_missing_and_broken_files(processor_folder, tmp_path, name):
     folder = shutil.copytree(processor_folder, tmp_path / "copy")

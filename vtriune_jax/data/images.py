@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import io
 import math
-import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from vtriune_jax.data import resize
+from vtriune_jax.data.schema import BROKEN
 from vtriune_jax.errors import UserError
 from vtriune_jax.models.config import PIXEL_MEAN, PIXEL_STD
 
@@ -33,7 +32,21 @@ that are small as a file and fill the memory."""
 THINNEST = 200
 """The aspect ratio above which Qwen2-VL takes no picture."""
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture of this EXIF orientation upright."""
+
+_MAY_TURN = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+"""Chunks of a PNG that can hold an orientation: as EXIF, in XMP, or in ImageMagick's "Raw profile".
+They may follow the pixels, so that only decoding it all would tell."""
+
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 # Pillow returns the memory of each picture to the system, whose new pages then cost a quarter of
@@ -82,21 +95,23 @@ def check_normalisation(processor: Any) -> None:
 def decode(data: bytes, where: str) -> Image.Image:
     """Decode to upright RGB; transparent parts become white, of an animation the first frame.
 
-    Raises UserError, beginning with `where`, for what is broken, cut off or above `LARGEST`.
+    Raises UserError, beginning with `where`, for what is broken, cut off, above `LARGEST` or grey
+    without a fixed range.
     """
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > LARGEST:
             raise Image.DecompressionBombError(f"{image.width}×{image.height} pixels")
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        turn = _turn(image)
+        image = _to_rgb(image)
+        return image if turn is None else image.transpose(turn)
     except _BOMB as error:
         raise UserError(
             f"{where}: the image is above the limit of {LARGEST} pixels ({error}); "
             "shrink the picture or drop the row"
         ) from error
-    except _BROKEN as error:
+    except BROKEN as error:
         raise UserError(
             f"{where}: the image cannot be decoded ({type(error).__name__}: {error}); "
             "replace the picture or drop the row"
@@ -109,7 +124,7 @@ def as_png(data: bytes, size: tuple[int, int], processor: Any, where: str) -> by
 
     A plain PNG of this size stays as it is. Raises UserError as `decode`.
     """
-    if data.startswith(b"\x89PNG") and b"eXIf" not in data:
+    if data.startswith(b"\x89PNG") and not any(chunk in data for chunk in _MAY_TURN):
         image = Image.open(io.BytesIO(data))
         if image.mode == "RGB" and image.size == size and "transparency" not in image.info:
             return data
@@ -150,9 +165,26 @@ def target_size(size: tuple[int, int], unit: int, limits: tuple[int, int]) -> tu
     return sides[0] * unit, sides[1] * unit
 
 
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How a loaded picture is made upright, as `ImageOps.exif_transpose` does it.
+
+    That writes EXIF anew besides, which fails where a value is odd. EXIF that cannot be read tells
+    no orientation.
+    """
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except BROKEN:
+        return None
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey values at 255
+    # Pillow would clip grey values at 255. Mode I holds 32 bits, of these formats 16.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"grey of mode {image.mode} has no fixed range: save it with 8 or 16 bits per channel"
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

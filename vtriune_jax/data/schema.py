@@ -1,10 +1,10 @@
 """The V-Triune row as an Arrow schema, and the step from one row to one `Sample`.
 
 A row: `data_source`, `images` (encoded bytes), `prompt` (chat turns with `<image>` once per image),
-`ability`, `reward_model` (how to judge it) and `extra_info`. Columns we do not know are ignored.
-Our optional additions are `extra_info.demonstration`, the text that supervised fine-tuning
-imitates, and `reward_model.verifier_parm.json`, a JSON object of parameters beside those of
-detection.
+`ability`, `reward_model` (how to judge it) and `extra_info`. Columns we do not know are ignored,
+but for `videos`, which rows cannot have yet. Our optional additions are
+`extra_info.demonstration`, the text that supervised fine-tuning imitates, and
+`reward_model.verifier_parm.json`, a JSON object of parameters beside those of detection.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import re
+import struct
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,25 @@ from vtriune_jax.errors import UserError
 from vtriune_jax.types import Message, RewardConfig, Sample
 
 IMAGE = "<image>"
+_FOREIGN = re.compile(r"<video>|<\|(?:image_pad|video_pad|vision_(?:pad|start|end))\|>")
+"""Marks that would be read as text, or as pictures that the row does not have."""
+
+BROKEN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow raises on a damaged file. So many, as its plugins trust what they parse: it may be a
+RuntimeError (AVIF), a TypeError (TIFF), an AssertionError (ICNS) …"""
 
 DETECTION_RATIOS = {
     "iou_max_label_first": 1.0,
@@ -92,6 +114,11 @@ def to_sample(
     row: Mapping[str, Any], where: str, default_id: str, known_verifiers: Collection[str] | None
 ) -> Sample:
     """One row as Python objects → `Sample`; any fault is a `UserError` that begins with `where`."""
+    if row.get("videos"):
+        raise UserError(
+            f"{where}: the column videos is not empty, but rows cannot have videos yet; "
+            "give frames as images or drop the row"
+        )
     messages = _messages(row["prompt"], where)
     images = _images(row["images"], where)
     marks = sum(message.content.count(IMAGE) for message in messages)
@@ -148,13 +175,20 @@ def to_row(sample: Sample, image_path: str | None = None) -> dict[str, Any]:
 def _messages(turns: Sequence[Mapping[str, Any]] | None, where: str) -> tuple[Message, ...]:
     if not turns:
         raise UserError(f"{where}: prompt is empty, expected at least one chat turn; {_REMEDY}")
-    return tuple(
+    messages = tuple(
         Message(
             role=_text(turn["role"], "prompt.role", where),
             content=_text(turn["content"], "prompt.content", where),
         )
         for turn in turns
     )
+    for message in messages:
+        if mark := _FOREIGN.search(f"{message.role} {message.content}"):
+            raise UserError(
+                f"{where}: the prompt has {mark[0]}, but rows have no videos yet and mark a "
+                f"picture by {IMAGE} alone; write it otherwise or drop the row"
+            )
+    return messages
 
 
 def _images(cells: Sequence[Any] | None, where: str) -> tuple[bytes, ...]:
@@ -162,7 +196,7 @@ def _images(cells: Sequence[Any] | None, where: str) -> tuple[bytes, ...]:
     for number, data in enumerate(images):
         try:
             Image.open(io.BytesIO(data)).close()  # reads the header only
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (*BROKEN, Image.DecompressionBombError) as error:
             raise UserError(
                 f"{where}: image {number} ({len(data)} bytes) cannot be read as a picture "
                 f"({type(error).__name__}); store PNG or JPEG bytes or drop the row"

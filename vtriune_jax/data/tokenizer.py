@@ -147,16 +147,19 @@ def write_processor(path: str | os.PathLike[str], texts: Iterable[str], vocab_si
 
 
 def load_processor(path: str | os.PathLike[str]) -> Qwen2_5_VLProcessor:
-    """The processor of a checkpoint folder: ours, or the hub's in its older or newer layout."""
+    """The processor of a checkpoint folder: ours, the hub's in its older or newer layout, or one
+    that `save_pretrained` wrote."""
     from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     folder = Path(path)
-    for name in ("tokenizer_config.json", "preprocessor_config.json"):
-        if not (folder / name).is_file():
+    # The image processor's settings: the first is what transformers 5 saves, the second the hub's.
+    settings = ("processor_config.json", "preprocessor_config.json")
+    for names in (("tokenizer_config.json",), settings):
+        if not any((folder / name).is_file() for name in names):
             raise UserError(
-                f"{folder}: {name} is missing; give a folder of a Qwen2.5-VL checkpoint with its "
-                "tokenizer and preprocessor files"
+                f"{folder}: {' or '.join(names)} is missing; give a folder of a Qwen2.5-VL "
+                "checkpoint with its tokenizer and preprocessor files"
             )
     try:
         tokenizer = Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
