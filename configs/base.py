@@ -148,9 +148,9 @@ def get_config() -> Any:
         mu_dtype="float32",
         grad_clip=1.0,
         freeze=("^visual/",),  # the vision tower and its merger: training them is unstable
-        # Methods are combinations of the keys below: GRPO as published is normalise="sequence", DAPO
-        # the defaults with refill and overlong_cushion, Dr.GRPO advantage="dr_grpo" and
-        # normalise="dr", GSPO loss="gspo" with normalise="sequence" and its small clips.
+        # Methods are combinations of the keys below. GRPO as published: normalise="sequence"; DAPO:
+        # the defaults and refill, overlong_cushion; Dr.GRPO: advantage="dr_grpo", normalise="dr";
+        # GSPO: loss="gspo", normalise="sequence" and small clips.
         # What a completion's reward is compared with, and scaled by: "grpo" mean and spread of its
         # group, "dr_grpo" the mean only, "rloo" the mean of the others, "reinforce++" mean and
         # spread of the batch, "reinforce++_baseline" mean of the group, spread of the batch.
