@@ -76,7 +76,8 @@ def of_ours(config: Any) -> dict[str, float]:
         )
         found["tower"] = flops.products(models.encode, graphdef, program.state.params, vision)
     if stage.loss.old == "recomputed":
-        found["old log-probs"] = forward(program, stage, batch) * stage.minibatches
+        needed = stage.minibatches - (stage.epochs == 1)  # the first update finds its own
+        found["old log-probs"] = forward(program, stage, batch) * needed
     if stage.loss.kl_weight:
         found["reference"] = forward(program, stage, batch) * stage.minibatches
     updates = stage.minibatches * stage.epochs

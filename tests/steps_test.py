@@ -151,9 +151,12 @@ def test_log_probs_are_made_as_needed_by_one_program(monkeypatch, kl_weight, old
     )
     loss = replace(tiny_update.GRPO, kl_weight=kl_weight, old=old)
     known = logps_of(replace(GRPO, loss=loss), start, parts)
-    found = known(start, tiny_update.make_batch())
+    batch = tiny_update.make_batch()
+    found = known(start, batch, False)
     assert found.keys() == names
     assert len(traced) == 1
+    if old == "recomputed":
+        assert np.isnan(known(start, batch, True)["old_logps"]).all()
     for logps in found.values():  # the policy is the reference still
         np.testing.assert_array_equal(logps, next(iter(found.values())))
 

@@ -34,8 +34,8 @@ from vtriune_jax.types import Batch, Completion, Group, Prompt, TrainState, Verd
 Features = Float[Array, "groups units embed"] | None
 Encode = Callable[[Any, Sequence[Prompt]], Float[Array, "groups units embed"]]
 Update = Callable[[TrainState, Batch, int], tuple[TrainState, Sums]]
-KnownLogps = Callable[[Any, Batch], dict[str, Float[Array, "rows n completion"]]]
-"""(parameters, batch) → `old_logps` and `reference_logps` of the batch, as far as needed."""
+KnownLogps = Callable[[Any, Batch, bool], dict[str, Any]]
+"""(parameters, batch, only_first) → `old_logps` and `reference_logps`, as far as needed."""
 Told = dict[str, tuple[float, float]]
 """Metrics as (sum, count)."""
 
@@ -79,13 +79,15 @@ def begin(stage: Stage, params: Any, parts: Parts) -> tuple[TrainState, Compiled
         def part(k: int) -> Batch:
             return sharding.shard_rows(minibatch(batch, stage.minibatches, k), parts.mesh)
 
-        needed = known_logps and [
-            known_logps(state.params, part(k)) for k in range(stage.minibatches)
-        ]
+        order = stage.order(parts.config.seed, step)
+        known = {}
+        if known_logps:
+            for k in range(stage.minibatches):
+                only_first = k == order[0] and stage.epochs == 1
+                known[k] = known_logps(state.params, part(k), only_first)
         total: Sums = {}
-        for k in stage.order(parts.config.seed, step):
-            own = replace(part(k), **needed[k]) if needed else part(k)
-            state, sums = update_once(state, own)
+        for k in order:
+            state, sums = update_once(state, replace(part(k), **known.get(k, {})))
             total = add_sums(total, sums) if total else sums
         return state, jax.device_get(total)
 
@@ -95,9 +97,9 @@ def begin(stage: Stage, params: Any, parts: Parts) -> tuple[TrainState, Compiled
 def logps_of(stage: Stage, start: Any, parts: Parts) -> KnownLogps | None:
     """What makes the log-probs that the stage's loss compares with; None if it needs none.
 
-    The first update's old ones are its own, and made here all the same: without them it would be a
-    program of its own, and the others' takes minutes to compile. The reference model is the one the
-    stage starts from, or, with adapters, the model without them.
+    A minibatch that is trained on `only_first`, before all others, needs no old ones: it finds them
+    itself. The reference model is the one the stage starts from, or, with adapters, the model
+    without them.
     """
     loss, adapted = stage.loss, parts.config.model.lora.rank > 0
     if loss.old != "recomputed" and not loss.kl_weight:
@@ -109,10 +111,14 @@ def logps_of(stage: Stage, start: Any, parts: Parts) -> KnownLogps | None:
     if loss.kl_weight and not adapted:
         reference = jax.tree.map(jnp.copy, parts.place(start))
 
-    def known(params: Any, batch: Batch) -> dict[str, Array]:
+    def known(params: Any, batch: Batch, only_first: bool) -> dict[str, Any]:
         found = {}
         if loss.old == "recomputed":
-            found["old_logps"] = logps(params, batch)
+            found["old_logps"] = (
+                np.full(batch.mask.shape, np.nan, np.float32)
+                if only_first
+                else logps(params, batch)
+            )
         if loss.kl_weight:
             found["reference_logps"] = (
                 base_logps(params, batch) if adapted else logps(reference, batch)

@@ -167,7 +167,8 @@ class Batch:
     features: Float[Array, "rows prompts units embed"] | None = None
     """… or its output, encoded once per prompt, when it is frozen."""
     old_logps: Float[Array, "rows n completion"] | None = None
-    """The trainer's before the first update of a step, where its loss needs them."""
+    """The trainer's before the first update of a step, where its loss needs them; NaN in this one,
+    whose own they are."""
     reference_logps: Float[Array, "rows n completion"] | None = None
     """The reference model's, where there is a penalty on the distance from it."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -190,6 +191,19 @@ def test_what_lies_under_the_mask_is_not_read(name, junk):
         strict=True,
     ):
         np.testing.assert_array_equal(got, want)
+
+
+def test_old_log_probs_that_are_not_known_are_the_current_ones():
+    unknown = batch_of(old_logps=np.full_like(OLD, np.nan))
+
+    def loss(old, logps):
+        config = dataclasses.replace(RECIPES["TIS"], old=old)
+        return run(config, logps, batch=unknown)["loss"][0].sum()
+
+    got, want = (jax.value_and_grad(partial(loss, old))(LOGPS) for old in ("recomputed", "current"))
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_array_equal(got[1], want[1])
+    assert np.any(got[1])
 
 
 def test_missing_log_probs_are_named():

@@ -30,8 +30,8 @@ class LossConfig:
 
     `old` names the log-probs below the ratio: "current" is right for one update per rollout batch
     (the ratio is 1, its gradient is not 0, and no second forward pass is needed); for several there
-    are "recomputed", `batch.old_logps`, the trainer's before the first of them, and "rollout", the
-    sampler's.
+    are "recomputed", `batch.old_logps`, the trainer's before the first of them (NaN: the current
+    ones, as in the first itself), and "rollout", the sampler's.
     """
 
     kind: Literal["grpo", "gspo", "cispo", "sft"] = "grpo"
@@ -158,9 +158,13 @@ def _surrogate(
 def _old(
     logps: Float[Array, "rows tokens"], batch: Any, config: LossConfig
 ) -> Float[Array, "rows tokens"]:
+    current = jax.lax.stop_gradient(logps)
     if config.old == "current":
-        return jax.lax.stop_gradient(logps)
-    return _given(batch, "old_logps") if config.old == "recomputed" else batch.rollout_logps
+        return current
+    if config.old == "rollout":
+        return batch.rollout_logps
+    given = _given(batch, "old_logps")
+    return jnp.where(jnp.isnan(given), current, given)
 
 
 def _given(batch: Any, name: str) -> Float[Array, "rows tokens"]:
