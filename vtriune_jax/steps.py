@@ -114,11 +114,7 @@ def logps_of(stage: Stage, start: Any, parts: Parts) -> KnownLogps | None:
     def known(params: Any, batch: Batch, only_first: bool) -> dict[str, Any]:
         found = {}
         if loss.old == "recomputed":
-            found["old_logps"] = (
-                np.full(batch.mask.shape, np.nan, np.float32)
-                if only_first
-                else logps(params, batch)
-            )
+            found["old_logps"] = batch.mask * np.nan if only_first else logps(params, batch)
         if loss.kl_weight:
             found["reference_logps"] = (
                 base_logps(params, batch) if adapted else logps(reference, batch)
