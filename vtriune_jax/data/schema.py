@@ -173,8 +173,8 @@ def to_row(sample: Sample, image_path: str | None = None) -> dict[str, Any]:
 
 
 def _messages(turns: Sequence[Mapping[str, Any]] | None, where: str) -> tuple[Message, ...]:
-    if not turns:
-        raise UserError(f"{where}: prompt is empty, expected at least one chat turn; {_REMEDY}")
+    if not turns or None in turns:
+        raise UserError(f"{where}: prompt is {turns!r}, expected one or more chat turns; {_REMEDY}")
     messages = tuple(
         Message(
             role=_text(turn["role"], "prompt.role", where),
