@@ -20,6 +20,7 @@ not counted on either.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,30 +39,44 @@ from vtriune_jax.rl.policy import policy_logps
 from vtriune_jax.stages import Stage, plan
 from vtriune_jax.types import Batch
 
+CONFIG = str(configs.REPOSITORY / "configs" / "orsta_7b.py")
 MESH = sharding.make_mesh(devices=jax.devices()[:1])
+
+Costs = dict[str, float]
+"""Part of a step → FLOPs."""
 
 
 def main(argv: list[str]) -> None:
     keys, others = split_overrides(argv)
-    path = str(configs.REPOSITORY / "configs" / "orsta_7b.py")
+    path = CONFIG
     for word in others:
         path = word.removeprefix("--config=")
-    whole = [*keys, ("batch.micro_batches", "1")]
-    ours = of_ours(configs.load(path, whole))
-    plain = (("batch.layout", "single"), ("model.remat", "full"))
-    verl = of_verl(configs.load(path, [*whole, *plain]))
+    ours, verl = compare(path, keys)
     for who, costs in (("ours", ours), ("verl", verl)):
         for name, cost in costs.items():
             print(f"{who}  {name:14} {cost:.3e}")
-    total, theirs, reference = sum(ours.values()), sum(verl.values()), "reference"
-    without = (total - ours.get(reference, 0.0)) / (theirs - verl[reference])
-    print(
-        f"ours / verl    updates {ours['updates'] / verl['updates']:.2f}, step {total / theirs:.2f}"
-    )
+    updates = ours["updates"] / verl["updates"]
+    print(f"ours / verl    updates {updates:.2f}, step {ratio(ours, verl):.2f}")
+    without = ratio(ours, verl, but="reference")
     print(f"               step, if neither has a reference {without:.2f}")
 
 
-def of_ours(config: Any) -> dict[str, float]:
+def compare(path: str, keys: Sequence[tuple[str, str]]) -> tuple[Costs, Costs]:
+    """What our step and verl's are made of, by a config and overrides."""
+    whole = [*keys, ("batch.micro_batches", "1")]
+    plain = (("batch.layout", "single"), ("model.remat", "full"))
+    return of_ours(configs.load(path, whole)), of_verl(configs.load(path, [*whole, *plain]))
+
+
+def ratio(ours: Costs, verl: Costs, but: str = "") -> float:
+    """FLOPs of our step by those of verl's, without one of the parts."""
+    own, theirs = (
+        sum(cost for name, cost in costs.items() if name != but) for costs in (ours, verl)
+    )
+    return own / theirs
+
+
+def of_ours(config: Any) -> Costs:
     """FLOPs of the programs of a step, all its minibatches together."""
     program, stage = stage_of(config)
     batch, found = program.batch, {}
@@ -84,7 +99,7 @@ def of_ours(config: Any) -> dict[str, float]:
     return found | {"updates": flops.executed_flops(program) * updates}
 
 
-def of_verl(config: Any) -> dict[str, float]:
+def of_verl(config: Any) -> Costs:
     """The same of verl's, `config` being one of single rows."""
     program, stage = stage_of(config)
     keys, count = config.batch, len(program.batch.ids)
