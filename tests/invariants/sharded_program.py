@@ -1,4 +1,4 @@
-"""What the partitioner makes of the update on eight devices; run by sharded_program_test.py.
+"""What the partitioner makes of update and sampler on 8 devices; run by sharded_program_test.py.
 
 JAX_NUM_CPU_DEVICES=8 PYTHONPATH=. python sharded_program.py
 """
@@ -9,10 +9,12 @@ import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from tests.rl.tiny_update import CONFIG, FREEZE, GRPO, SOURCES, TX, make_batch
 from vtriune_jax import models, sharding
@@ -21,6 +23,8 @@ from vtriune_jax.models.attention import on_each_device
 from vtriune_jax.models.kernels import splash, xla
 from vtriune_jax.rl.losses import LossConfig
 from vtriune_jax.rl.update import abstract_state, jit_update
+from vtriune_jax.rollout import local
+from vtriune_jax.rollout.choice import Sampling
 
 NARROW = replace(CONFIG, dtype="bfloat16", remat="full", tied=False)
 
@@ -60,6 +64,38 @@ def head_sums() -> int:
     )
 
 
+def sampler_sends() -> dict[str, list[str]]:
+    """Kind and shape of all that devices send in the loop over tokens, and outside of loops."""
+    mesh, groups, prompt = sharding.make_mesh(1, 8, 1), 16, 12
+    graphdef, params = models.abstract(NARROW)
+    places = sharding.shardings(params, mesh)
+
+    def on_rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(mesh, sharding.ROWS)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    params = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
+    )
+    tokens = on_rows(groups, prompt)
+    prompts = local.PaddedPrompts(tokens, on_rows(groups, 3, prompt), tokens, tokens)
+    given = params, prompts, None, on_rows(groups, dtype=jax.random.key(0).dtype)
+    ids = local.Ids(stop=(1,), banned=NARROW.banned_ids, pad=0)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        program = local.sample.lower(graphdef, ids, Sampling(max_tokens=32, n=4), *given).compile()
+    module = Module(program.as_text())
+    found: dict[str, list[str]] = {"loop": [], "outside": []}
+    for name, times in module.turns():
+        if times == 1:  # the loop's turns are not known; one over layers has two
+            where = "outside" if name == module.entry else "loop"
+            found[where] += [
+                f"{line.opcode} {line.shape}"
+                for line in module.computations[name]
+                if re.match("all-|reduce-scatter|collective", line.opcode)
+            ]
+    return found
+
+
 def kernel_error(sizes: tuple[int, int, int], kv_heads: int) -> float:
     """How far splash under a mesh is from XLA's attention without one, gradients included.
 
@@ -97,7 +133,7 @@ def main() -> None:
         "heads that do not divide": kernel_error((1, 1, 8), 1),
     }
     found = {"collectives": collectives(), "head sums": head_sums(), "errors": errors}
-    print(json.dumps(found))
+    print(json.dumps(found | {"sampler": sampler_sends()}))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ def test_the_gradient_of_the_head_is_added_up_once_for_all_chunks(report):
     assert report["head sums"] == 1
 
 
+def test_the_sampler_gathers_parameters_once_and_each_device_decodes_its_own_rows(report):
+    """For each token devices look up their embeddings, whose width is cut, and no more."""
+    loop, outside = report["sampler"]["loop"], report["sampler"]["outside"]
+    assert len([line for line in outside if line.startswith("all-gather ")]) >= 2 * 7
+    assert sorted(line.split("[")[0] for line in loop) == ["all-gather s32", "all-to-all (f32"]
+
+
 def test_a_kernel_on_every_device_gives_what_xla_gives_on_one(report):
     assert len(report["errors"]) == 3
     assert max(report["errors"].values()) < 1e-5, report["errors"]

@@ -29,6 +29,7 @@ from vtriune_jax.models.layers import (
     through,
     turns,
     unstack,
+    whole,
 )
 from vtriune_jax.models.lora import adapt, fold
 
@@ -129,14 +130,14 @@ class LanguageModel(nnx.Module):
     def apart(self) -> tuple[Layer, ...]:
         """The layers one by one, with parameters of the type of the activations, for `decode`.
 
-        Adapters have gone into the matrices. This is a copy: worth it where they are looked at for
-        each of many tokens.
+        Adapters have gone into the matrices. This is a copy, whole on each device (`layers.whole`):
+        worth it where they are looked at for each of many tokens.
         """
         stacked, build = unstack(self.layers)
 
         def ready(params: Any) -> Layer:
             graphdef, params = nnx.split(fold(build(params)))
-            return nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(self.dtype), params))
+            return nnx.merge(graphdef, jax.tree.map(lambda p: whole(p.astype(self.dtype)), params))
 
         return tuple(map(ready, _each(stacked, self.config.layers)))
 

@@ -35,6 +35,18 @@ def on_rows(x: Float[Array, "rows *rest"]) -> Float[Array, "rows *rest"]:
     return jax.lax.with_sharding_constraint(x, P(("data", "fsdp")))
 
 
+def whole(parameter: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The same on each device, if a mesh cuts it over `fsdp` alone.
+
+    For what many tokens are computed with, one after the other: the partitioner by itself would
+    gather it for each of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["tensor"] > 1:
+        return parameter
+    return jax.lax.with_sharding_constraint(parameter, P())
+
+
 class Turns(NamedTuple):
     """Cosine and sine of rotary angles."""
 

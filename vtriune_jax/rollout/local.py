@@ -7,6 +7,7 @@ the ids that were sampled, with their log-probs; nothing is tokenised again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from vtriune_jax import sharding
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import KV, Qwen2_5_VL, merge
+from vtriune_jax.models.layers import whole
 from vtriune_jax.rollout.choice import Sampling, next_token
 from vtriune_jax.types import Completion, Group, Prompt
 
@@ -69,12 +71,18 @@ class LocalEngine:
             data = np.asarray(jax.random.key_data(keys))
             padded, data = sharding.shard_rows((padded, data), self._mesh)
             keys = jax.random.wrap_key_data(data)
-        drawn = sample(self._graphdef, self._ids, sampling, params, padded, features, keys)
+        with self._on_mesh():
+            drawn = sample(self._graphdef, self._ids, sampling, params, padded, features, keys)
         drawn = sharding.local_rows(drawn, self._mesh) if self._mesh else jax.device_get(drawn)
         return [
             Group(prompt, tuple(self._completion(drawn, group, i) for i in range(sampling.n)))
             for group, prompt in enumerate(prompts)
         ]
+
+    def _on_mesh(self) -> AbstractContextManager[Any]:
+        """What `models` asks for, so that each device works on its own rows."""
+        mesh = self._mesh
+        return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else nullcontext()
 
     def _completion(self, drawn: Drawn, group: int, i: int) -> Completion:
         length = int(drawn.lengths[group, i])
@@ -162,7 +170,7 @@ def sample(
     hidden, prompt_kv = model.prefill(
         prompts.ids, prompts.positions, prompts.segments, features, prompts.image_index
     )
-    head = model.head().astype(hidden.dtype)
+    head = whole(model.head().astype(hidden.dtype))
     layers = model.language.apart()
     stop_ids = jnp.asarray(special.stop, jnp.int32)
     first = prompts.positions[:, 0, -1:] + 1  # prompts end in text: one position for all axes
