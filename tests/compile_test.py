@@ -78,6 +78,30 @@ def test_the_file_has_the_numbers(eight):
     assert "8 devices" in text
 
 
+def test_tower_and_sampler_are_compiled_on_demand(eight, tmp_path):
+    assert eight[0]["sampling_bytes_per_device"] == {}
+    found, text = compiled(tmp_path, "cpu:8", "--sampling")
+    assert found["fits"]
+    tower, sampler = (found["sampling_bytes_per_device"][n] for n in ("vision tower", "sampler"))
+    assert "vision tower " in text
+    pieces, _ = compiled(tmp_path, "cpu:8", "--sampling", "--config.rollout.pieces=4")
+    assert pieces["sampling_bytes_per_device"]["vision tower"] == tower
+    assert pieces["sampling_bytes_per_device"]["sampler"] < 0.7 * sampler
+    served = ("--config.rollout.engine=sglang", "--config.rollout.addresses=('http://a:1',)")
+    found, _ = compiled(tmp_path, "cpu:8", "--sampling", *served)
+    assert found["sampling_bytes_per_device"] == {}
+
+
+def test_a_sampler_that_does_not_fit_comes_with_advice(tmp_path):
+    large = ("--config.grpo.prompts=131072", "--config.batch.micro_batches=16384")
+    small = ("--config.sft.steps=0", "--config.stages=grpo", "--config.rollout.pieces=1")
+    found, text = compiled(tmp_path, "cpu:8", "--sampling", *large, *small, status=1)
+    assert found["bytes_per_device"] < found["bytes_limit"]
+    assert found["sampling_bytes_per_device"]["sampler"] > found["bytes_limit"]
+    assert "does NOT fit" in text
+    assert "rollout.pieces (now 1)" in text
+
+
 def test_devices_send_parameters_and_gradients_and_no_activations(eight, tmp_path):
     """Rows stay where they are: twice the rows, and not a byte more is sent."""
     more, _ = compiled(tmp_path, "cpu:8", "--config.grpo.prompts=64")

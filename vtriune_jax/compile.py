@@ -8,6 +8,7 @@
                      pretended devices; or local, the devices of this machine
 --num_slices=N       so many of that TPU topology, joined by the data-centre network; mesh.data must
                      be a multiple
+--sampling           compile the vision tower and the in-process sampler, too: do they fit?
 --json=FILE          write the numbers there (the keys are those of aot.estimate.Estimate)
 --help               show this text
 
@@ -19,7 +20,7 @@ the last stage of the config, with the batch that the config describes; checkpoi
 be there. A step here is one call of it; grpo.minibatches of them make a step of training.
 
 What training holds beside the arguments of the update counts as memory, at most: the reference
-model and image features. Sampling is not compiled: rollout.pieces bounds what it takes.
+model and image features.
 
 The time is a lower bound: the slowest of matrix products, memory, links and links between slices,
 each at its data-sheet peak, as if the others hid behind it. Every result counts as written once and
@@ -55,7 +56,13 @@ def main(argv: Sequence[str]) -> int:
         config = configs.load(options.config, overrides)
         if options.json:
             _write(Path(options.json), {})  # a mistake shows before the minutes of compiling
-        found = run(options.config, config, options.topology, options.num_slices)
+        found = run(
+            options.config,
+            config,
+            options.topology,
+            options.num_slices,
+            sampling=options.sampling,
+        )
         print(text(found))
         if options.json:
             _write(Path(options.json), asdict(found))
@@ -71,6 +78,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[tuple[str, str]]]
     flags.DEFINE_string("config", None, "", flag_values=options)
     flags.DEFINE_string("topology", None, "", flag_values=options)
     flags.DEFINE_integer("num_slices", 1, "", lower_bound=1, flag_values=options)
+    flags.DEFINE_bool("sampling", False, "", flag_values=options)
     flags.DEFINE_string("json", None, "", flag_values=options)
     flags.DEFINE_bool("help", False, "", flag_values=options, short_name="h")
     overrides, others = split_overrides(argv)
@@ -78,7 +86,9 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[tuple[str, str]]]
     return options, overrides
 
 
-def run(name: str, config: Any, topology: str, num_slices: int = 1) -> Any:
+def run(
+    name: str, config: Any, topology: str, num_slices: int = 1, *, sampling: bool = False
+) -> Any:
     """The `aot.estimate.Estimate` of a checked config; before JAX has looked for devices."""
     from vtriune_jax.aot import topology as topologies
 
@@ -90,7 +100,7 @@ def run(name: str, config: Any, topology: str, num_slices: int = 1) -> Any:
 
     found = topologies.get(topology, num_slices)
     mesh = sharding.make_mesh(**config.mesh, devices=found.devices)
-    return estimate(name, config, build(config, mesh), found, mesh)
+    return estimate(name, config, build(config, mesh), found, mesh, sampling=sampling)
 
 
 def text(found: Any) -> str:
@@ -106,6 +116,10 @@ def text(found: Any) -> str:
         f"beside them {found.held_bytes / 2**30:.2f})",
         f"work         {found.tokens_per_step:,} tokens, {found.model_flops_per_step:.3g} model "
         f"FLOPs, {found.executed_flops_per_step:.3g} executed, in one update",
+    ]
+    lines += [
+        f"{name:12} {size / 2**30:.2f} GiB per device, with what lies beside it"
+        for name, size in found.sampling_bytes_per_device.items()
     ]
     if found.seconds:
         kinds = ", ".join(f"{kind} {size / 1e9:.4g}" for kind, size in found.collectives.items())

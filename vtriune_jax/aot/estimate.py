@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass, field
 from math import gcd, prod
@@ -13,8 +12,10 @@ from jax.sharding import Mesh
 
 from vtriune_jax import sharding
 from vtriune_jax.aot import flops, hlo
+from vtriune_jax.aot.compiling import attempt, memory_of, needed_bytes
 from vtriune_jax.aot.held import param_bytes
 from vtriune_jax.aot.program import Program
+from vtriune_jax.aot.sampling import sampling_bytes
 from vtriune_jax.aot.topology import Topology
 
 GIB = 2**30
@@ -64,22 +65,26 @@ class Estimate:
     """The largest of `seconds`: a lower bound, as if the rest hid behind it."""
     estimated_mfu: float | None = None
     """model FLOPs / (estimated seconds · devices · peak): an upper bound."""
+    sampling_bytes_per_device: dict[str, int] = field(default_factory=dict)
+    """Of vision tower and sampler, all that lies there beside them included; if asked for."""
     largest_buffers: list[dict[str, Any]] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
     """What to change, if it does not fit."""
 
 
-def estimate(name: str, config: Any, program: Program, topology: Topology, mesh: Mesh) -> Estimate:
-    """Compiles the program for the devices of the topology."""
+def estimate(
+    name: str,
+    config: Any,
+    program: Program,
+    topology: Topology,
+    mesh: Mesh,
+    *,
+    sampling: bool = False,
+) -> Estimate:
+    """Compiles the program for the devices of the topology, and on demand those of sampling."""
     start = time.monotonic()
     lowered = program.update.lower(program.state, program.batch)
-    compiled, trouble = None, ""
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        trouble = str(error)
+    compiled, trouble = attempt(lowered)
     numbers: dict[str, Any] = {
         "config": name,
         "topology": topology.name,
@@ -104,7 +109,7 @@ def estimate(name: str, config: Any, program: Program, topology: Topology, mesh:
             "largest_buffers": _largest_arrays(program, len(topology.devices)),
         }
     else:
-        memory = _memory(compiled.memory_analysis())
+        memory = memory_of(compiled)
         if text := _text(compiled):
             module = hlo.Module(text)
             memory["largest_buffers"] = [
@@ -115,9 +120,18 @@ def estimate(name: str, config: Any, program: Program, topology: Topology, mesh:
         else:
             memory["largest_buffers"] = _largest_arrays(program, len(topology.devices))
     memory["bytes_per_device"] += program.held
-    fits = memory["bytes_per_device"] <= topology.memory
-    hints = [] if fits else advice(config, program, mesh, memory, topology.memory)
-    return Estimate(fits=fits, advice=hints, **numbers, **memory)
+    limit, hints = topology.memory, []
+    if memory["bytes_per_device"] > limit:
+        hints += advice(config, program, mesh, memory, limit)
+    others = sampling_bytes(config, program, mesh, limit) if sampling else {}
+    if max(others.values(), default=0) > limit:
+        hints.append(
+            f"sample in smaller parts: rollout.pieces (now {config.rollout.pieces}), or by a "
+            'fleet of servers: rollout.engine="sglang"'
+        )
+    return Estimate(
+        fits=not hints, advice=hints, sampling_bytes_per_device=others, **numbers, **memory
+    )
 
 
 def roofline(
@@ -151,21 +165,6 @@ def argument_bytes(program: Program, mesh: Mesh) -> int:
     """Bytes on one device of the state and the batch."""
     batch = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.batch))
     return param_bytes(program.state, mesh) + batch // sharding.row_shards(mesh)
-
-
-def needed_bytes(trouble: str, arguments: int) -> int:
-    """The bytes per device that the compiler's complaint tells of; 0 if it tells none.
-
-    It knows two forms: of temporaries alone, and of the whole program.
-    """
-    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    for pattern, more in (
-        (r"HLO temporaries \(([\d.]+)([KMGT])\)", arguments),
-        (r"Used ([\d.]+)([KMGT]) of", 0),
-    ):
-        if found := re.search(pattern, trouble):
-            return int(float(found[1]) * units[found[2]]) + more
-    return 0
 
 
 def advice(
@@ -205,17 +204,6 @@ def _text(compiled: jax.stages.Compiled) -> str:
         if "INTERNAL" not in str(error):
             raise
         return ""
-
-
-def _memory(analysis: Any) -> dict[str, Any]:
-    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    code = analysis.generated_code_size_in_bytes
-    return {
-        "argument_bytes": arguments,
-        "temp_bytes": temporary,
-        "bytes_per_device": arguments + temporary + results + code,
-    }
 
 
 def _largest_arrays(program: Program, devices: int) -> list[dict[str, Any]]:
