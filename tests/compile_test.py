@@ -87,9 +87,6 @@ def test_tower_and_sampler_are_compiled_on_demand(eight, tmp_path):
     pieces, _ = compiled(tmp_path, "cpu:8", "--sampling", "--config.rollout.pieces=4")
     assert pieces["sampling_bytes_per_device"]["vision tower"] == tower
     assert pieces["sampling_bytes_per_device"]["sampler"] < 0.7 * sampler
-    served = ("--config.rollout.engine=sglang", "--config.rollout.addresses=('http://a:1',)")
-    found, _ = compiled(tmp_path, "cpu:8", "--sampling", *served)
-    assert found["sampling_bytes_per_device"] == {}
 
 
 def test_a_sampler_that_does_not_fit_comes_with_advice(tmp_path):

@@ -52,13 +52,13 @@ def _programs(
     params = jax.tree.map(_at, program.state.params, places)
     shards = sharding.row_shards(mesh)
 
-    def rows(x: jax.ShapeDtypeStruct, *shape: int) -> jax.ShapeDtypeStruct:
+    def rows(x: Any, *shape: int) -> Any:
         return _at(jax.ShapeDtypeStruct(shape, x.dtype), NamedSharding(mesh, sharding.ROWS))
 
     keys = config.batch
     images = abstract_batch(keys, model, stage.prompts, PROMPT, vision_frozen=False).vision
     vision = jax.tree.map(lambda x: rows(x, x.shape[0], *x.shape[2:]), images)
-    features = abstract_batch(keys, model, stage.prompts, PROMPT, vision_frozen=True).features
+    features: Any = abstract_batch(keys, model, stage.prompts, PROMPT, vision_frozen=True).features
     all_features = math.prod(features.shape) * features.dtype.itemsize // shards
     pieces = math.gcd(stage.prompts // shards, config.rollout.pieces)
     groups, tokens = stage.prompts // pieces, keys.prompt_tokens
