@@ -18,8 +18,15 @@ def test_round_trip(config):
 
 def test_a_missing_key_is_named(config):
     hf = config.to_hf_dict()
-    del hf["vision_config"]["num_heads"]
-    with pytest.raises(UserError, match="no 'num_heads'"):
+    del hf["text_config"]["num_hidden_layers"]
+    with pytest.raises(UserError, match="no 'num_hidden_layers'"):
+        ModelConfig.from_hf(hf)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2", None])
+def test_another_kind_of_model_is_refused(config, kind):
+    hf = config.to_hf_dict() | {"model_type": kind}
+    with pytest.raises(UserError, match=f"model_type={kind!r} is not supported; expected 'qwen2_5"):
         ModelConfig.from_hf(hf)
 
 

@@ -9,12 +9,37 @@ from typing import Any
 
 from vtriune_jax.errors import UserError
 
-ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
+ARCHITECTURE, MODEL_TYPE = "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"
 REMAT = ("none", "dots", "attention", "full")
 ATTENTION = ("auto", "xla", "splash", "triton", "cudnn")
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 """Of the channels, for pixels from 0 to 1: what every Qwen2.5-VL was trained with."""
+
+VISION_DEFAULTS = {
+    "depth": 32,
+    "hidden_size": 3584,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": (7, 15, 23, 31),
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "window_size": 112,
+    "in_channels": 3,
+    "tokens_per_second": 4,
+}
+TEXT_DEFAULTS = {
+    "num_key_value_heads": 8,
+    "rope_theta": 1_000_000.0,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 32_768,
+    "bos_token_id": 151_643,
+    "eos_token_id": 151_645,
+}
+"""What transformers takes for a key that a file lacks: its 4.49 left out of `vision_config` what
+is equal to these, and so does the hub's file of 32B."""
 
 
 @dataclass(frozen=True)
@@ -163,10 +188,13 @@ class ModelConfig:
         """Read a `Qwen2_5_VLConfig` or its dict, transformers 5's nested layout or the hub's flat.
 
         The hub's files keep the text sizes at the top level, `rope_theta` beside them and the
-        M-RoPE sections in `rope_scaling`. Raises UserError on a key that is missing or a feature
-        that this model does not have.
+        M-RoPE sections in `rope_scaling`. A key without which transformers does is filled up as
+        it does. Raises UserError on another one that is missing, on another kind of model and on a
+        feature that this model does not have.
         """
         top: Mapping[str, Any] = hf if isinstance(hf, Mapping) else hf.to_dict()
+        if (kind := top.get("model_type")) != MODEL_TYPE:
+            raise UserError(f"model_type={kind!r} is not supported; expected {MODEL_TYPE!r}")
         text = top.get("text_config") or top
         try:
             return cls(
@@ -191,7 +219,7 @@ class ModelConfig:
         eos = list(text.eos_token_id) if isinstance(text.eos_token_id, tuple) else text.eos_token_id
         return {
             "architectures": [ARCHITECTURE],
-            "model_type": "qwen2_5_vl",
+            "model_type": MODEL_TYPE,
             "dtype": "float32",
             "image_token_id": self.image_token_id,
             "video_token_id": self.video_token_id,
@@ -243,6 +271,7 @@ class ModelConfig:
 
 
 def _vision_from_hf(hf: Mapping[str, Any]) -> VisionConfig:
+    hf = {**VISION_DEFAULTS, **hf}
     _require_silu(hf, "vision_config")
     return VisionConfig(
         depth=hf["depth"],
@@ -252,36 +281,37 @@ def _vision_from_hf(hf: Mapping[str, Any]) -> VisionConfig:
         out=hf["out_hidden_size"],
         full_attention=tuple(hf["fullatt_block_indexes"]),
         patch_size=hf["patch_size"],
-        temporal_patch_size=hf.get("temporal_patch_size", 2),
+        temporal_patch_size=hf["temporal_patch_size"],
         merge_size=hf["spatial_merge_size"],
         window_size=hf["window_size"],
-        channels=hf.get("in_channels", hf.get("in_chans", 3)),
-        tokens_per_second=hf.get("tokens_per_second", 2),
+        channels=hf["in_channels"],
+        tokens_per_second=hf["tokens_per_second"],
         rope_theta=(hf.get("rope_parameters") or {}).get("rope_theta", 10_000.0),
     )
 
 
 def _text_from_hf(hf: Mapping[str, Any]) -> TextConfig:
+    hf = {**TEXT_DEFAULTS, **hf}
     _require_silu(hf, "text_config")
     if hf.get("use_sliding_window"):
         raise UserError("use_sliding_window=true is not supported; set it to false")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "mrope"):
         raise UserError(f"rope type {kind!r} is not supported; expected 'default' or 'mrope'")
-    eos = hf.get("eos_token_id")
+    eos = hf["eos_token_id"]
     return TextConfig(
         vocab=hf["vocab_size"],
         embed=hf["hidden_size"],
         mlp=hf["intermediate_size"],
         layers=hf["num_hidden_layers"],
         heads=hf["num_attention_heads"],
-        kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        kv_heads=hf["num_key_value_heads"] or hf["num_attention_heads"],
         mrope_section=tuple(rope["mrope_section"]),
-        rope_theta=rope.get("rope_theta") or hf.get("rope_theta") or 1_000_000.0,
+        rope_theta=rope.get("rope_theta") or hf["rope_theta"],
         norm_eps=hf["rms_norm_eps"],
-        max_positions=hf.get("max_position_embeddings", 32_768),
-        bos_token_id=hf.get("bos_token_id"),
+        max_positions=hf["max_position_embeddings"],
+        bos_token_id=hf["bos_token_id"],
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
         pad_token_id=hf.get("pad_token_id"),
     )
