@@ -3,43 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vtriune_jax.errors import UserError
+from vtriune_jax.models.config_keys import (
+    MODEL_TYPE,
+    TEXT_DEFAULTS,
+    VISION_DEFAULTS,
+    VISION_ROPE,
+    sound,
+)
 
-ARCHITECTURE, MODEL_TYPE = "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"
+ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 REMAT = ("none", "dots", "attention", "full")
 ATTENTION = ("auto", "xla", "splash", "triton", "cudnn")
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 """Of the channels, for pixels from 0 to 1: what every Qwen2.5-VL was trained with."""
-
-VISION_DEFAULTS = {
-    "depth": 32,
-    "hidden_size": 3584,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "out_hidden_size": 3584,
-    "fullatt_block_indexes": (7, 15, 23, 31),
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
-    "window_size": 112,
-    "in_channels": 3,
-    "tokens_per_second": 4,
-}
-TEXT_DEFAULTS = {
-    "num_key_value_heads": 8,
-    "rope_theta": 1_000_000.0,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 32_768,
-    "bos_token_id": 151_643,
-    "eos_token_id": 151_645,
-}
-"""What transformers takes for a key that a file lacks: its 4.49 left out of `vision_config` what
-is equal to these, and so does the hub's file of 32B."""
 
 
 @dataclass(frozen=True)
@@ -192,10 +173,9 @@ class ModelConfig:
         it does. Raises UserError on another one that is missing, on another kind of model and on a
         feature that this model does not have.
         """
-        top: Mapping[str, Any] = hf if isinstance(hf, Mapping) else hf.to_dict()
-        if (kind := top.get("model_type")) != MODEL_TYPE:
-            raise UserError(f"model_type={kind!r} is not supported; expected {MODEL_TYPE!r}")
-        text = top.get("text_config") or top
+        hf = hf.to_dict() if hasattr(hf, "to_dict") else hf
+        top = sound("the model's config", hf, {"model_type": None})
+        text = top if top.get("text_config") is None else top["text_config"]
         try:
             return cls(
                 vision=_vision_from_hf(top["vision_config"]),
@@ -270,9 +250,9 @@ class ModelConfig:
         }
 
 
-def _vision_from_hf(hf: Mapping[str, Any]) -> VisionConfig:
-    hf = {**VISION_DEFAULTS, **hf}
-    _require_silu(hf, "vision_config")
+def _vision_from_hf(found: Any) -> VisionConfig:
+    hf = sound("vision_config", found, VISION_DEFAULTS)
+    rope = sound("vision_config.rope_parameters", hf.get("rope_parameters") or {}, VISION_ROPE)
     return VisionConfig(
         depth=hf["depth"],
         embed=hf["hidden_size"],
@@ -286,16 +266,14 @@ def _vision_from_hf(hf: Mapping[str, Any]) -> VisionConfig:
         window_size=hf["window_size"],
         channels=hf["in_channels"],
         tokens_per_second=hf["tokens_per_second"],
-        rope_theta=(hf.get("rope_parameters") or {}).get("rope_theta", 10_000.0),
+        rope_theta=rope["rope_theta"],
     )
 
 
-def _text_from_hf(hf: Mapping[str, Any]) -> TextConfig:
-    hf = {**TEXT_DEFAULTS, **hf}
-    _require_silu(hf, "text_config")
-    if hf.get("use_sliding_window"):
-        raise UserError("use_sliding_window=true is not supported; set it to false")
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+def _text_from_hf(found: Any) -> TextConfig:
+    hf = sound("text_config", found, TEXT_DEFAULTS)
+    name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    rope = sound(name, hf.get(name) or {}, {"rope_theta": hf["rope_theta"]})
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "mrope"):
         raise UserError(f"rope type {kind!r} is not supported; expected 'default' or 'mrope'")
@@ -308,18 +286,13 @@ def _text_from_hf(hf: Mapping[str, Any]) -> TextConfig:
         heads=hf["num_attention_heads"],
         kv_heads=hf["num_key_value_heads"] or hf["num_attention_heads"],
         mrope_section=tuple(rope["mrope_section"]),
-        rope_theta=rope.get("rope_theta") or hf["rope_theta"],
+        rope_theta=rope["rope_theta"],
         norm_eps=hf["rms_norm_eps"],
         max_positions=hf["max_position_embeddings"],
         bos_token_id=hf["bos_token_id"],
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
         pad_token_id=hf.get("pad_token_id"),
     )
-
-
-def _require_silu(hf: Mapping[str, Any], where: str) -> None:
-    if (act := hf.get("hidden_act", "silu")) != "silu":
-        raise UserError(f"{where}.hidden_act={act!r} is not supported; expected 'silu'")
 
 
 def _check(config: ModelConfig) -> None:
