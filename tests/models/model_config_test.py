@@ -39,7 +39,7 @@ def test_another_kind_of_model_is_refused(config, kind):
         ("text_config", {"hidden_size": 36}, "mrope_section (2, 1, 1)"),
         (
             "text_config",
-            {"rope_parameters": {"rope_type": "yarn", "mrope_section": [2, 1, 1]}},
+            {"rope_scaling": {"rope_type": "yarn", "mrope_section": [2, 1, 1]}},
             "rope type 'yarn'",
         ),
         (

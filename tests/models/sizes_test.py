@@ -179,6 +179,18 @@ def read_or_complaint(hf):
         return str(error)
 
 
+def test_rope_is_where_transformers_4_57_and_5_look(caplog):
+    hf = models.named("7B").to_hf_dict()
+    rope = {"rope_type": "default", "mrope_section": [16, 24, 24]}
+    assert hf["text_config"]["rope_scaling"] == rope
+    assert hf["text_config"]["rope_theta"] == 1e6
+    read = Qwen2_5_VLConfig(**copy.deepcopy(hf)).text_config
+    assert read.rope_parameters == {**rope, "rope_theta": 1e6}
+    assert not caplog.records  # nor a warning
+    del hf["text_config"]["rope_scaling"], hf["text_config"]["rope_theta"]
+    assert read.to_dict() == Qwen2_5_VLConfig(**hf).text_config.to_dict()
+
+
 def test_knobs_and_unknown_names():
     assert models.named("7B", dtype="bfloat16", remat="full").dtype == "bfloat16"
     with pytest.raises(UserError, match="of size '14B'; choose one of 3B, 7B, 32B, 72B"):

@@ -194,8 +194,9 @@ class ModelConfig:
             ) from None
 
     def to_hf_dict(self) -> dict[str, Any]:
-        """The `config.json` in transformers 5's nested layout."""
+        """The `config.json` in transformers 5's nested layout, with what 4.57 reads beside it."""
         text, vision = self.text, self.vision
+        rope = {"rope_type": "default", "mrope_section": list(text.mrope_section)}
         eos = list(text.eos_token_id) if isinstance(text.eos_token_id, tuple) else text.eos_token_id
         return {
             "architectures": [ARCHITECTURE],
@@ -221,11 +222,9 @@ class ModelConfig:
                 "max_window_layers": text.layers,
                 "use_sliding_window": False,
                 "tie_word_embeddings": self.tied,
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": text.rope_theta,
-                    "mrope_section": list(text.mrope_section),
-                },
+                "rope_parameters": {**rope, "rope_theta": text.rope_theta},
+                "rope_scaling": rope,
+                "rope_theta": text.rope_theta,
                 "bos_token_id": text.bos_token_id,
                 "eos_token_id": eos,
                 "pad_token_id": text.pad_token_id,
