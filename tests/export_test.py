@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +193,42 @@ def test_replacing_an_earlier_folder(parts, tmp_path):
     write_folder(tmp_path, *parts, replace=True)
     assert (tmp_path / "config.json").exists()
     assert not (tmp_path / "old").exists()
+
+
+@pytest.mark.parametrize("failure", [Killed, OSError(5, "Input/output error")])
+def test_an_earlier_folder_outlives_a_failure(parts, tmp_path, monkeypatch, failure):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("")
+    rename = Path.rename
+
+    def fails(path, target):
+        if path.name == ".out.part":
+            raise failure
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(UserError if isinstance(failure, OSError) else Killed):
+        write_folder(out, *parts, replace=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "old").exists()
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_an_earlier_folder_outlives_a_kill(parts, tmp_path, monkeypatch, replace):
+    """Between its two renames, and the failure of the next call."""
+    out = tmp_path / "out"
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "old").write_text("")
+    (tmp_path / ".out.part").mkdir()
+
+    def fails(*_, **__):
+        raise Killed
+
+    monkeypatch.setattr(module.pretrained, "save_params", fails)
+    with pytest.raises(Killed if replace else UserError):
+        write_folder(out, *parts, replace=replace)
+    assert (out / "old").exists()
 
 
 def test_a_folder_that_cannot_be_written(parts, tmp_path):

@@ -133,16 +133,18 @@ def write_folder(
     """Writes a model with the processor of the checkpoint folder `source`, whole or not at all.
 
     `fetch` gives the parameter of a path (see `models.pretrained.save_params`). An earlier folder
-    gives way only if `replace` says so, or if it is empty.
+    gives way only if `replace` says so, or if it is empty, and comes back if that fails; after a
+    kill the next call brings it back.
 
     Raises:
       UserError: the folder is there already or cannot be written.
     """
-    if not replace:
-        check_free(out)
     out = out.absolute()
     scratch, old = (out.with_name(f".{out.name}.{kind}") for kind in ("part", "old"))
     try:
+        _bring_back(old, out)
+        if not replace:
+            check_free(out)
         for left in (scratch, old):
             shutil.rmtree(left, ignore_errors=True)
         pretrained.save_params(config, fetch, scratch, param_dtype=param_dtype)
@@ -152,14 +154,23 @@ def write_folder(
             (scratch / "generation_config.json").write_text(text + "\n")
         if out.exists():
             out.rename(old)
-        scratch.rename(out)
+        try:
+            scratch.rename(out)
+        finally:
+            _bring_back(old, out)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"cannot write {out} ({error.strerror}); free space or choose another folder"
         ) from error
     finally:
-        for left in (scratch, old):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _bring_back(old: Path, out: Path) -> None:
+    """Gives the earlier folder its name again where nothing has taken that."""
+    if old.exists() and not out.exists():
+        old.rename(out)
 
 
 def check_free(out: Path) -> None:
