@@ -293,6 +293,27 @@ def test_no_checkpoint_yet(copied, tmp_path):
         export(copied, tmp_path / "out")
 
 
+def test_a_relative_model_path_is_of_where_the_run_was_started(copied, tmp_path, monkeypatch):
+    record = copied / "config.json"
+    record.unlink()
+    config = base.get_config()
+    config.model.path = "model"
+    with monkeypatch.context() as patch:
+        patch.chdir(copied)
+        configs.record(config, copied)
+    export(copied, tmp_path / "out")
+    # A run that was moved, or is of a time when the folder was not noted.
+    for folder in ({"started_in": "/nowhere"}, {}):
+        keys = json.loads(record.read_text())
+        del keys["started_in"]
+        record.write_text(json.dumps(keys | folder))
+        with pytest.raises(UserError, match=rf"{record} has model.path='model'; export from"):
+            export(copied, tmp_path / "other")
+        with monkeypatch.context() as patch:
+            patch.chdir(copied)
+            export(copied, tmp_path / f"out{len(folder)}")
+
+
 def test_a_checkpoint_of_another_model(copied, tmp_path):
     file = copied / "model" / "config.json"
     hf = json.loads(file.read_text())

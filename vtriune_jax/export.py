@@ -32,6 +32,7 @@ from jax.sharding import NamedSharding
 from vtriune_jax import sharding
 from vtriune_jax.checkpoint import read_params, saved_steps
 from vtriune_jax.commands import fill
+from vtriune_jax.config import STARTED_IN
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import ModelConfig, abstract, lora, pretrained, weights
 
@@ -100,8 +101,7 @@ def export(
     pretrained.check_param_dtype(dtype)
     check_free(out)
     run = _run_config(workdir)
-    path = run["model"]["path"]
-    source = Path(path).expanduser() if path else workdir / "model"
+    source = _source(workdir, run)
     keys = run["model"].get("lora", {"rank": 0})
     config = replace(pretrained.read_config(source), lora=lora.from_keys(keys))
     folder, step = _find(workdir, run["stages"], stage, step)
@@ -211,6 +211,21 @@ def _run_config(workdir: Path) -> dict[str, Any]:
     if not ("stages" in found and "path" in found.get("model", {})):
         raise UserError(f"{file} is not of a run; --checkpoint takes the --workdir of a run")
     return found
+
+
+def _source(workdir: Path, run: dict[str, Any]) -> Path:
+    """The checkpoint folder that a run started from; a relative one is of where it was started."""
+    if not run["model"]["path"]:
+        return workdir / "model"
+    path = Path(run["model"]["path"]).expanduser()
+    first = Path(run.get(STARTED_IN, "")) / path
+    for folder in (first, path):
+        if folder.is_dir():
+            return folder
+    raise UserError(
+        f"{first} is no folder, and {workdir / 'config.json'} has model.path={str(path)!r}; "
+        "export from the folder in which the run was started, or put the right path in that file"
+    )
 
 
 def _either(
