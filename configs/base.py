@@ -94,7 +94,7 @@ def get_config() -> Any:
         train=tuple((source, 1.0) for source in DIGITS),
         # Sources whose held-out rows are scored before and after GRPO.
         heldout=DIGITS,
-        # Images with less or more pixels are resized, before the checkpoint's own processor.
+        # Images with less or more pixels are resized; replaces the limits of the checkpoint.
         min_pixels=512 * 512,
         max_pixels=2048 * 2048,
         # Append a random request for reasoning to prompts whose verifier is mathverify.

@@ -217,3 +217,15 @@ def test_record_writes_once_and_lets_only_free_keys_change(tmp_path: Path):
     assert "grpo.lr 1e-06 → 2e-06" in message
     assert "new --workdir" in message
     assert json.loads((workdir / "config.json").read_text())["grpo"]["lr"] == 1e-6
+
+
+def test_record_notes_where_a_run_was_started_and_it_may_go_on_elsewhere(tmp_path, monkeypatch):
+    config, file = configs.load(BASE), tmp_path / "run" / "config.json"
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        configs.record(config, file.parent)
+        noted = json.loads(file.read_text())
+        assert noted.pop("started_in") == str(tmp_path / name)
+    file.write_text(json.dumps(noted))  # as it was before there was such a note
+    configs.record(config, file.parent)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -194,6 +195,42 @@ def test_replacing_an_earlier_folder(parts, tmp_path):
     assert not (tmp_path / "old").exists()
 
 
+@pytest.mark.parametrize("failure", [Killed, OSError(5, "Input/output error")])
+def test_an_earlier_folder_outlives_a_failure(parts, tmp_path, monkeypatch, failure):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("")
+    rename = Path.rename
+
+    def fails(path, target):
+        if path.name == ".out.part":
+            raise failure
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(UserError if isinstance(failure, OSError) else Killed):
+        write_folder(out, *parts, replace=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "old").exists()
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_an_earlier_folder_outlives_a_kill(parts, tmp_path, monkeypatch, replace):
+    """Between its two renames, and the failure of the next call."""
+    out = tmp_path / "out"
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "old").write_text("")
+    (tmp_path / ".out.part").mkdir()
+
+    def fails(*_, **__):
+        raise Killed
+
+    monkeypatch.setattr(module.pretrained, "save_params", fails)
+    with pytest.raises(Killed if replace else UserError):
+        write_folder(out, *parts, replace=replace)
+    assert (out / "old").exists()
+
+
 def test_a_folder_that_cannot_be_written(parts, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
@@ -254,6 +291,27 @@ def test_no_checkpoint_yet(copied, tmp_path):
     shutil.rmtree(copied / "checkpoints")
     with pytest.raises(UserError, match="has no checkpoint of sft or grpo yet"):
         export(copied, tmp_path / "out")
+
+
+def test_a_relative_model_path_is_of_where_the_run_was_started(copied, tmp_path, monkeypatch):
+    record = copied / "config.json"
+    record.unlink()
+    config = base.get_config()
+    config.model.path = "model"
+    with monkeypatch.context() as patch:
+        patch.chdir(copied)
+        configs.record(config, copied)
+    export(copied, tmp_path / "out")
+    # A run that was moved, or is of a time when the folder was not noted.
+    for folder in ({"started_in": "/nowhere"}, {}):
+        keys = json.loads(record.read_text())
+        del keys["started_in"]
+        record.write_text(json.dumps(keys | folder))
+        with pytest.raises(UserError, match=rf"{record} has model.path='model'; export from"):
+            export(copied, tmp_path / "other")
+        with monkeypatch.context() as patch:
+            patch.chdir(copied)
+            export(copied, tmp_path / f"out{len(folder)}")
 
 
 def test_a_checkpoint_of_another_model(copied, tmp_path):

@@ -24,6 +24,8 @@ from vtriune_jax.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BASE = REPOSITORY / "configs" / "base.py"
+STARTED_IN = "started_in"
+"""A key of a run's `config.json` beside the config's: the folder of its relative paths."""
 
 
 def load(path: str, overrides: Sequence[tuple[str, str]] = ()) -> FrozenConfigDict:
@@ -87,10 +89,10 @@ def record(config: Any, workdir: Path) -> None:
     run would then not be the run that it continues.
     """
     path = workdir / "config.json"
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    text = json.dumps({**config.to_dict(), STARTED_IN: str(Path.cwd())}, indent=2) + "\n"
     if path.exists():
         old, new = flatten(json.loads(path.read_text())), flatten(json.loads(text))
-        free = rf"{FREE}|{config.stages[-1]}\.steps"
+        free = rf"{FREE}|{config.stages[-1]}\.steps|{STARTED_IN}"
         changed = [
             f"{key} {json.dumps(old.get(key))} → {json.dumps(new.get(key))}"
             for key in sorted(old.keys() | new.keys())

@@ -32,6 +32,7 @@ from jax.sharding import NamedSharding
 from vtriune_jax import sharding
 from vtriune_jax.checkpoint import read_params, saved_steps
 from vtriune_jax.commands import fill
+from vtriune_jax.config import STARTED_IN
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import ModelConfig, abstract, lora, pretrained, weights
 
@@ -100,8 +101,7 @@ def export(
     pretrained.check_param_dtype(dtype)
     check_free(out)
     run = _run_config(workdir)
-    path = run["model"]["path"]
-    source = Path(path).expanduser() if path else workdir / "model"
+    source = _source(workdir, run)
     keys = run["model"].get("lora", {"rank": 0})
     config = replace(pretrained.read_config(source), lora=lora.from_keys(keys))
     folder, step = _find(workdir, run["stages"], stage, step)
@@ -133,16 +133,18 @@ def write_folder(
     """Writes a model with the processor of the checkpoint folder `source`, whole or not at all.
 
     `fetch` gives the parameter of a path (see `models.pretrained.save_params`). An earlier folder
-    gives way only if `replace` says so, or if it is empty.
+    gives way only if `replace` says so, or if it is empty, and comes back if that fails; after a
+    kill the next call brings it back.
 
     Raises:
       UserError: the folder is there already or cannot be written.
     """
-    if not replace:
-        check_free(out)
     out = out.absolute()
     scratch, old = (out.with_name(f".{out.name}.{kind}") for kind in ("part", "old"))
     try:
+        _bring_back(old, out)
+        if not replace:
+            check_free(out)
         for left in (scratch, old):
             shutil.rmtree(left, ignore_errors=True)
         pretrained.save_params(config, fetch, scratch, param_dtype=param_dtype)
@@ -152,14 +154,23 @@ def write_folder(
             (scratch / "generation_config.json").write_text(text + "\n")
         if out.exists():
             out.rename(old)
-        scratch.rename(out)
+        try:
+            scratch.rename(out)
+        finally:
+            _bring_back(old, out)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"cannot write {out} ({error.strerror}); free space or choose another folder"
         ) from error
     finally:
-        for left in (scratch, old):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _bring_back(old: Path, out: Path) -> None:
+    """Gives the earlier folder its name again where nothing has taken that."""
+    if old.exists() and not out.exists():
+        old.rename(out)
 
 
 def check_free(out: Path) -> None:
@@ -200,6 +211,21 @@ def _run_config(workdir: Path) -> dict[str, Any]:
     if not ("stages" in found and "path" in found.get("model", {})):
         raise UserError(f"{file} is not of a run; --checkpoint takes the --workdir of a run")
     return found
+
+
+def _source(workdir: Path, run: dict[str, Any]) -> Path:
+    """The checkpoint folder that a run started from; a relative one is of where it was started."""
+    if not run["model"]["path"]:
+        return workdir / "model"
+    path = Path(run["model"]["path"]).expanduser()
+    first = Path(run.get(STARTED_IN, "")) / path
+    for folder in (first, path):
+        if folder.is_dir():
+            return folder
+    raise UserError(
+        f"{first} is no folder, and {workdir / 'config.json'} has model.path={str(path)!r}; "
+        "export from the folder in which the run was started, or put the right path in that file"
+    )
 
 
 def _either(

@@ -1,9 +1,12 @@
 """The published sizes against transformers' own model, built without memory for its weights."""
 
+import copy
 import math
 import warnings
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vtriune_jax import models
 from vtriune_jax.errors import UserError
@@ -73,10 +76,21 @@ def hub_file(embed, mlp, layers, heads, kv_heads, vocab, vision_mlp, tied):
     }
 
 
+SHORT = {
+    "hidden_size": 1280,
+    "in_chans": 3,
+    "model_type": "qwen2_5_vl",
+    "spatial_patch_size": 14,
+    "tokens_per_second": 2,
+}
+"""The `vision_config` of 7B by transformers 4.49: no key that is equal to the class's default."""
+
+VISION_32B = {"vision_config": SHORT | {"intermediate_size": 3456, "out_hidden_size": 5120}}
+
 HUB = {
     "3B": hub_file(2048, 11008, 36, 16, 2, 151936, 3420, True),
     "7B": hub_file(3584, 18944, 28, 28, 4, 152064, 3420, False),
-    "32B": hub_file(5120, 27648, 64, 40, 8, 152064, 3456, False),
+    "32B": hub_file(5120, 27648, 64, 40, 8, 152064, 3456, False) | VISION_32B,
     "72B": hub_file(8192, 29568, 80, 64, 8, 152064, 3456, False),
 }
 
@@ -123,6 +137,58 @@ def test_the_hubs_file_and_transformers_5s_both_give_the_named_size(size):
     assert ModelConfig.from_hf(HUB[size]) == config
     assert ModelConfig.from_hf(Qwen2_5_VLConfig(**HUB[size])) == config
     assert ModelConfig.from_hf(config.to_hf_dict()) == config
+
+
+def test_a_file_by_transformers_4_49():
+    rope = {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}
+    hf = HUB["7B"] | {"vision_config": SHORT, "rope_scaling": rope}
+    assert ModelConfig.from_hf(hf) == models.named("7B")
+
+
+TOP = {
+    *("model_type", "vision_config"),
+    *("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
+}
+SIZES = {"vocab_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+DISPENSABLE = HUB["7B"].keys() - TOP - SIZES - {"hidden_size", "rope_scaling"}
+UNLIKE_DEFAULTS = {"rope_theta": 1e4, "bos_token_id": 1, "eos_token_id": [2, 3]}
+
+
+@given(
+    st.sampled_from(["3B", "7B", "72B"]),
+    st.sets(st.sampled_from(sorted(DISPENSABLE))),
+    st.sets(st.sampled_from(sorted(HUB["7B"]["vision_config"]))),
+    st.booleans(),
+)
+def test_absent_keys_are_as_transformers_has_them(size, absent, absent_of_vision, nested):
+    hf = {k: v for k, v in (HUB[size] | UNLIKE_DEFAULTS).items() if k not in absent}
+    hf["vision_config"] = {
+        k: v for k, v in hf["vision_config"].items() if k not in absent_of_vision
+    }
+    if nested:
+        text = {key: hf.pop(key) for key in hf.keys() - TOP}
+        hf["text_config"] = text
+    theirs = Qwen2_5_VLConfig(**copy.deepcopy(hf))  # which changes what it is given
+    assert read_or_complaint(hf) == read_or_complaint(theirs)
+
+
+def read_or_complaint(hf):
+    try:
+        return ModelConfig.from_hf(hf)
+    except UserError as error:
+        return str(error)
+
+
+def test_rope_is_where_transformers_4_57_and_5_look(caplog):
+    hf = models.named("7B").to_hf_dict()
+    rope = {"rope_type": "default", "mrope_section": [16, 24, 24]}
+    assert hf["text_config"]["rope_scaling"] == rope
+    assert hf["text_config"]["rope_theta"] == 1e6
+    read = Qwen2_5_VLConfig(**copy.deepcopy(hf)).text_config
+    assert read.rope_parameters == {**rope, "rope_theta": 1e6}
+    assert not caplog.records  # nor a warning
+    del hf["text_config"]["rope_scaling"], hf["text_config"]["rope_theta"]
+    assert read.to_dict() == Qwen2_5_VLConfig(**hf).text_config.to_dict()
 
 
 def test_knobs_and_unknown_names():

@@ -37,8 +37,10 @@ def broken(saved, tmp_path):
 
 
 def test_missing(broken):
-    with pytest.raises(UserError, match=r"no tensor 'model.norm.weight' \(1 missing"):
-        models.load_pretrained(broken(model__norm__weight=None))
+    folder = broken(model__norm__weight=None)
+    message = rf"{folder}/model.safetensors has no tensor 'model.norm.weight' \(1 missing [^;]*;"
+    with pytest.raises(UserError, match=message + " config.json and weights must [^;]*$"):
+        models.load_pretrained(folder)
 
 
 def test_left_over(broken):
@@ -145,6 +147,31 @@ def test_a_key_in_two_files(sharded, theirs):
     index["weight_map"].setdefault(theirs, other)
     (folder / INDEX).write_text(json.dumps(index))
     with pytest.raises(UserError, match=rf"(has the tensor|that {other} has).*norm.weight"):
+        models.load_pretrained(folder)
+
+
+def test_a_key_that_neither_index_nor_files_have(sharded):
+    folder, index = sharded
+    file = folder / index["weight_map"].pop("model.norm.weight")
+    (folder / INDEX).write_text(json.dumps(index))
+    save_file({k: v for k, v in load_file(file).items() if k != "model.norm.weight"}, file)
+    with pytest.raises(UserError, match=rf"{folder}/{INDEX} has no tensor 'model.norm.weight'"):
+        models.load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__norm__weight": None},
+        {"model__x": np.zeros(1)},
+        {"model__norm__weight": np.zeros(3, np.float32)},
+    ],
+)
+def test_an_index_beside_a_single_file_of_another_model(sharded, broken, changes):
+    """Transformers, too, reads the single file."""
+    folder = broken(**changes)  # the same as the one with the shards
+    message = rf"^{folder}/model.safetensors.*; {INDEX} is not read beside model.safetensors: remo"
+    with pytest.raises(UserError, match=message):
         models.load_pretrained(folder)
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vtriune_jax.errors import UserError
+from vtriune_jax.models.config_keys import (
+    MODEL_TYPE,
+    TEXT_DEFAULTS,
+    VISION_DEFAULTS,
+    VISION_ROPE,
+    sound,
+)
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 REMAT = ("none", "dots", "attention", "full")
@@ -163,11 +169,13 @@ class ModelConfig:
         """Read a `Qwen2_5_VLConfig` or its dict, transformers 5's nested layout or the hub's flat.
 
         The hub's files keep the text sizes at the top level, `rope_theta` beside them and the
-        M-RoPE sections in `rope_scaling`. Raises UserError on a key that is missing or a feature
-        that this model does not have.
+        M-RoPE sections in `rope_scaling`. A key without which transformers does is filled up as
+        it does. Raises UserError on another one that is missing, on another kind of model and on a
+        feature that this model does not have.
         """
-        top: Mapping[str, Any] = hf if isinstance(hf, Mapping) else hf.to_dict()
-        text = top.get("text_config") or top
+        hf = hf.to_dict() if hasattr(hf, "to_dict") else hf
+        top = sound("the model's config", hf, {"model_type": None})
+        text = top if top.get("text_config") is None else top["text_config"]
         try:
             return cls(
                 vision=_vision_from_hf(top["vision_config"]),
@@ -186,12 +194,13 @@ class ModelConfig:
             ) from None
 
     def to_hf_dict(self) -> dict[str, Any]:
-        """The `config.json` in transformers 5's nested layout."""
+        """The `config.json` in transformers 5's nested layout, with what 4.57 reads beside it."""
         text, vision = self.text, self.vision
+        rope = {"rope_type": "default", "mrope_section": list(text.mrope_section)}
         eos = list(text.eos_token_id) if isinstance(text.eos_token_id, tuple) else text.eos_token_id
         return {
             "architectures": [ARCHITECTURE],
-            "model_type": "qwen2_5_vl",
+            "model_type": MODEL_TYPE,
             "dtype": "float32",
             "image_token_id": self.image_token_id,
             "video_token_id": self.video_token_id,
@@ -213,11 +222,9 @@ class ModelConfig:
                 "max_window_layers": text.layers,
                 "use_sliding_window": False,
                 "tie_word_embeddings": self.tied,
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": text.rope_theta,
-                    "mrope_section": list(text.mrope_section),
-                },
+                "rope_parameters": {**rope, "rope_theta": text.rope_theta},
+                "rope_scaling": rope,
+                "rope_theta": text.rope_theta,
                 "bos_token_id": text.bos_token_id,
                 "eos_token_id": eos,
                 "pad_token_id": text.pad_token_id,
@@ -242,8 +249,9 @@ class ModelConfig:
         }
 
 
-def _vision_from_hf(hf: Mapping[str, Any]) -> VisionConfig:
-    _require_silu(hf, "vision_config")
+def _vision_from_hf(found: Any) -> VisionConfig:
+    hf = sound("vision_config", found, VISION_DEFAULTS)
+    rope = sound("vision_config.rope_parameters", hf.get("rope_parameters") or {}, VISION_ROPE)
     return VisionConfig(
         depth=hf["depth"],
         embed=hf["hidden_size"],
@@ -252,44 +260,38 @@ def _vision_from_hf(hf: Mapping[str, Any]) -> VisionConfig:
         out=hf["out_hidden_size"],
         full_attention=tuple(hf["fullatt_block_indexes"]),
         patch_size=hf["patch_size"],
-        temporal_patch_size=hf.get("temporal_patch_size", 2),
+        temporal_patch_size=hf["temporal_patch_size"],
         merge_size=hf["spatial_merge_size"],
         window_size=hf["window_size"],
-        channels=hf.get("in_channels", hf.get("in_chans", 3)),
-        tokens_per_second=hf.get("tokens_per_second", 2),
-        rope_theta=(hf.get("rope_parameters") or {}).get("rope_theta", 10_000.0),
+        channels=hf["in_channels"],
+        tokens_per_second=hf["tokens_per_second"],
+        rope_theta=rope["rope_theta"],
     )
 
 
-def _text_from_hf(hf: Mapping[str, Any]) -> TextConfig:
-    _require_silu(hf, "text_config")
-    if hf.get("use_sliding_window"):
-        raise UserError("use_sliding_window=true is not supported; set it to false")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+def _text_from_hf(found: Any) -> TextConfig:
+    hf = sound("text_config", found, TEXT_DEFAULTS)
+    name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    rope = sound(name, hf.get(name) or {}, {"rope_theta": hf["rope_theta"]})
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "mrope"):
         raise UserError(f"rope type {kind!r} is not supported; expected 'default' or 'mrope'")
-    eos = hf.get("eos_token_id")
+    eos = hf["eos_token_id"]
     return TextConfig(
         vocab=hf["vocab_size"],
         embed=hf["hidden_size"],
         mlp=hf["intermediate_size"],
         layers=hf["num_hidden_layers"],
         heads=hf["num_attention_heads"],
-        kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        kv_heads=hf["num_key_value_heads"] or hf["num_attention_heads"],
         mrope_section=tuple(rope["mrope_section"]),
-        rope_theta=rope.get("rope_theta") or hf.get("rope_theta") or 1_000_000.0,
+        rope_theta=rope["rope_theta"],
         norm_eps=hf["rms_norm_eps"],
-        max_positions=hf.get("max_position_embeddings", 32_768),
-        bos_token_id=hf.get("bos_token_id"),
+        max_positions=hf["max_position_embeddings"],
+        bos_token_id=hf["bos_token_id"],
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
         pad_token_id=hf.get("pad_token_id"),
     )
-
-
-def _require_silu(hf: Mapping[str, Any], where: str) -> None:
-    if (act := hf.get("hidden_act", "silu")) != "silu":
-        raise UserError(f"{where}.hidden_act={act!r} is not supported; expected 'silu'")
 
 
 def _check(config: ModelConfig) -> None:

@@ -66,7 +66,10 @@ def read_config(folder: Path, *, dtype: str = "float32", remat: str = "none") ->
         raise UserError(f"cannot read {file} ({error.strerror}); expected a checkpoint") from None
     except ValueError as error:
         raise UserError(f"{file} is not JSON ({error}); copy it again") from None
-    return ModelConfig.from_hf(hf, dtype=dtype, remat=remat)
+    try:
+        return ModelConfig.from_hf(hf, dtype=dtype, remat=remat)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def save_pretrained(

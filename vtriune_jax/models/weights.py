@@ -171,16 +171,20 @@ def _check(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
     """UserError unless the folder has exactly the tensors that are wanted."""
+    remedy = "config.json and weights must belong together"
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists() and index.exists():
+        remedy += f"; {INDEX} is not read beside {SINGLE}: remove the one that is out of date"
     if missing := [entry.key for entry in wanted if entry.key not in places]:
         raise UserError(
-            f"{folder} has no tensor {missing[0]!r} ({len(missing)} missing in all); "
-            "config.json and the safetensors files must belong together"
+            f"{single if single.exists() else index} has no tensor {missing[0]!r} "
+            f"({len(missing)} missing in all); {remedy}"
         )
     if extra := sorted(places.keys() - {entry.key for entry in wanted}):
         tensor = places[extra[0]]
         raise UserError(
             f"{tensor.file} has a tensor {tensor.key!r} that the model of config.json does not "
-            f"have ({len(extra)} such in all); config.json and weights must belong together"
+            f"have ({len(extra)} such in all); {remedy}"
         )
     for entry in wanted:
         tensor, own = places[entry.key], own_shape(entry, shapes)
@@ -190,7 +194,7 @@ def _check(
         if shape != asked:
             raise UserError(
                 f"{tensor.file}: {tensor.key!r} is of shape {tensor.shape} but config.json asks "
-                f"for {asked}; config.json and weights must belong together"
+                f"for {asked}; {remedy}"
             )
         if tensor.dtype not in files.DTYPES:
             raise UserError(
