@@ -1,8 +1,9 @@
 """V-Triune's recipe for Qwen2.5-VL-32B-Instruct, GRPO on Orsta-Data-47k, on-policy.
 
 command   python -m vtriune_jax.main --config=configs/orsta_32b.py --workdir=runs/orsta_32b
-checked   python -m vtriune_jax.compile --config=configs/orsta_32b.py --topology=v5p:4x4x4
-hardware  64 TPU v5p (4x4x4): the update was compiled for them, and fits (README.md); not run
+checked   python -m vtriune_jax.compile --config=configs/orsta_32b.py --topology=v5p:4x4x4 \
+            --sampling
+hardware  64 TPU v5p (4x4x4): update and sampler were compiled for them, and fit; not run
 expect    not yet measured; the paper's Orsta-32B: MEGA-Bench Core 25.94 (0321), 45.78 (0326)
 """
 

@@ -1,8 +1,9 @@
 """V-Triune's recipe for Qwen2.5-VL-3B-Instruct, GRPO on Orsta-Data-47k, on-policy.
 
 command   python -m vtriune_jax.main --config=configs/orsta_3b.py --workdir=runs/orsta_3b
-checked   python -m vtriune_jax.compile --config=configs/orsta_3b.py --topology=v6e:2x4
-hardware  8 TPU v6e (2x4): the update was compiled for them, and fits (README.md); not run
+checked   python -m vtriune_jax.compile --config=configs/orsta_3b.py --topology=v6e:2x4 \
+            --sampling
+hardware  8 TPU v6e (2x4): update and sampler were compiled for them, and fit; not run
 expect    not yet measured; the paper has no model of this size
 """
 

@@ -1,9 +1,13 @@
 """V-Triune's recipe for Qwen2.5-VL-72B-Instruct, GRPO on Orsta-Data-47k, on-policy.
 
-command   python -m vtriune_jax.main --config=configs/orsta_72b.py --workdir=runs/orsta_72b
+command   python -m vtriune_jax.main --config=configs/orsta_72b.py --workdir=runs/orsta_72b \
+            --config.rollout.engine=sglang --config.rollout.addresses=runs/rollouts/addresses
 checked   python -m vtriune_jax.compile --config=configs/orsta_72b.py --topology=v5p:4x4x8
 hardware  128 TPU v5p (4x4x8): the update was compiled for them, and fits (README.md); not run
 expect    not yet measured; the paper has no model of this size
+
+Completions by a fleet (docs/hosts.md): the in-process sampler wants the parameters whole on each
+device, which are larger than one.
 """
 
 from typing import Any
@@ -17,5 +21,4 @@ def get_config() -> Any:
     config.model.path = "checkpoints/Qwen2.5-VL-72B-Instruct"
     config.model.remat = "full"
     config.batch.micro_batches = 8  # on 128 devices: a group each at once
-    config.rollout.pieces = 4  # 11 GiB of keys and values on each
     return config

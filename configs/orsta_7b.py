@@ -1,8 +1,9 @@
 """V-Triune's recipe for Orsta-7B: Qwen2.5-VL-7B-Instruct, GRPO on Orsta-Data-47k, on-policy.
 
 command   python -m vtriune_jax.main --config=configs/orsta_7b.py --workdir=runs/orsta_7b
-checked   python -m vtriune_jax.compile --config=configs/orsta_7b.py --topology=v5p:2x2x4
-hardware  16 TPU v5p (2x2x4): the update was compiled for them, and fits (README.md); not run
+checked   python -m vtriune_jax.compile --config=configs/orsta_7b.py --topology=v5p:2x2x4 \
+            --sampling
+hardware  16 TPU v5p (2x2x4): update and sampler were compiled for them, and fit; not run
 expect    not yet measured; the paper's Orsta-7B: MEGA-Bench Core 35.07 → 38.31
 
 Checkpoint and data are expected in `checkpoints/` and `data/`, as their pages on Hugging Face name

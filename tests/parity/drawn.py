@@ -47,7 +47,7 @@ def draw_oracle(number, folder, scale=3):
 
 
 def draw_rows(number, kind):
-    """Rows of images and videos of the kind, as `Oracle.inputs` takes them."""
+    """Rows of images and videos of the kind, or of all, as `Oracle.inputs` takes them."""
     rng = np.random.default_rng(number)
 
     def image(most=7):
@@ -58,7 +58,7 @@ def draw_rows(number, kind):
         _, rows, columns = image(most=4)
         return Video(int(rng.integers(1, 5)), rows, columns, SECONDS[rng.integers(len(SECONDS))])
 
-    return {
+    rows = {
         "text": [(), (), ()],
         "image": [(image(),)],
         "images": [(image(), image(), image())],
@@ -70,4 +70,5 @@ def draw_rows(number, kind):
             ((1, int(2 * rng.integers(12, 24)), 2),),
         ],
         "smallest": [((1, 2, 2),)],
-    }[kind]
+    }
+    return [row for name in KINDS for row in rows[name]] if kind == "all" else rows[kind]

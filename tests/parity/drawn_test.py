@@ -1,6 +1,6 @@
 """Random models and inputs against transformers: positions, features, logits.
 
-Twenty in the default run; `-m slow` draws eighty more.
+One for each kind of input, and twenty that get all kinds; `-m slow` draws forty more of those.
 """
 
 import numpy as np
@@ -11,14 +11,17 @@ from vtriune_jax import models
 from vtriune_jax.models import layout
 
 TOLERANCE = 2e-4
-NUMBERS = [*range(20), *(pytest.param(n, marks=pytest.mark.slow) for n in range(20, 100))]
+CASES = [
+    *enumerate(KINDS),
+    *((number, "all") for number in range(8, 28)),
+    *(pytest.param(number, "all", marks=pytest.mark.slow) for number in range(28, 68)),
+]
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_drawn(number, tmp_path):
-    oracle, kind = draw_oracle(number, tmp_path), KINDS[number % len(KINDS)]
-    padding = ("left", "right")[number // len(KINDS) % 2]
-    inputs = oracle.inputs(draw_rows(number, kind), padding, seed=number)
+@pytest.mark.parametrize(("number", "kind"), CASES)
+def test_drawn(number, kind, tmp_path):
+    oracle = draw_oracle(number, tmp_path)
+    inputs = oracle.inputs(draw_rows(number, kind), ("left", "right")[number % 2], seed=number)
     assert_same_positions(oracle, inputs)
     if kind != "text":
         assert_same_features(oracle, inputs)

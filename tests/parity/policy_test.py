@@ -1,4 +1,7 @@
-"""Random models as policies against transformers: GRPO's sums and gradient, greedy completions."""
+"""Random models as policies against transformers: GRPO's sums and gradient, greedy completions.
+
+One for each kind of input; `-m slow` draws twenty that get all kinds.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +12,7 @@ import optax
 import pytest
 from safetensors.numpy import save_file
 
-from tests.parity.drawn import draw_oracle, draw_rows
+from tests.parity.drawn import KINDS, draw_oracle, draw_rows
 from tests.parity.oracle import END, IMAGE, START, VIDEO, Oracle, as_prompt, torch
 from vtriune_jax import models, sharding
 from vtriune_jax.data.packing import pack
@@ -21,14 +24,10 @@ from vtriune_jax.rollout.choice import Sampling
 from vtriune_jax.rollout.local import LocalEngine
 from vtriune_jax.types import Completion, Group, Prompt
 
-DRAWN = {
-    101: "text",
-    102: "images",
-    103: "batch",
-    104: "video",
-    105: "videos and images",
-    106: "thin",
-}
+CASES = [
+    *enumerate(KINDS, 101),
+    *(pytest.param((number, "all"), marks=pytest.mark.slow) for number in range(109, 129)),
+]
 TOKENS, SHORTEST, COPIES = 64, 5, 2
 BANNED = (IMAGE, VIDEO, START, END)
 LOSS = LossConfig(old="rollout", temperature=0.8, banned_ids=BANNED)
@@ -51,11 +50,11 @@ class Case:
         return max(len(prompt.ids) for prompt in self.prompts)
 
 
-@pytest.fixture(scope="module", params=DRAWN, ids=DRAWN.values())
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "{}-{}".format(*case))
 def case(request, tmp_path_factory):
-    number = request.param
+    number, kind = request.param
     oracle = draw_oracle(number, tmp_path_factory.mktemp("drawn"), scale=6)
-    rows = draw_rows(number, DRAWN[number])
+    rows = draw_rows(number, kind)
     inputs = [oracle.inputs([media], seed=number + row) for row, media in enumerate(rows)]
     prompts = [
         as_prompt(one, media, oracle.model.config) for one, media in zip(inputs, rows, strict=True)
