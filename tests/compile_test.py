@@ -127,6 +127,7 @@ def test_what_does_not_fit_comes_with_its_largest_buffers_and_advice(tmp_path):
         ([f"--config={QUICKSTART}", "--topology=h100:0"], "2x8: two machines"),
         ([f"--config={QUICKSTART}", "--topology=v5e:2x2", "--num_slices=0"], "num_slices"),
         ([f"--config={QUICKSTART}", "--topology=cpu:8", "more"], "'more' is not a flag"),
+        ([f"--config={QUICKSTART}", "--topology=cpu:8", "--json=no/1.json"], "in a folder that is"),
         ([f"--config={QUICKSTART}", "--config.grpo.lr=x", "--topology=cpu:8"], "grpo.lr"),
     ],
 )

@@ -32,6 +32,7 @@ Exit status: 0 it fits, 1 it does not, 2 a mistake in the input (one line says w
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         config = configs.load(options.config, overrides)
         if options.json:
-            _write(Path(options.json), {})  # a mistake shows before the minutes of compiling
+            _check_writable(Path(options.json))  # before the minutes of compiling
         found = run(
             options.config,
             config,
@@ -144,6 +145,13 @@ def text(found: Any) -> str:
 
 def _buffer(buffer: dict[str, Any]) -> str:
     return f"{buffer['bytes'] / 2**30:7.3f} GiB {buffer['shape']} {buffer['origin']}"
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(
+            f"--json={path} cannot be written; give the name of a file in a folder that is there"
+        )
 
 
 def _write(path: Path, numbers: dict[str, Any]) -> None:
