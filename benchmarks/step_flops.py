@@ -32,7 +32,7 @@ import jax
 from vtriune_jax import config as configs
 from vtriune_jax import models, sharding
 from vtriune_jax.aot import flops
-from vtriune_jax.aot.program import Program, abstract_batch, build
+from vtriune_jax.aot.program import Program, abstract_batch, abstract_images, build
 from vtriune_jax.data.rows import Rows
 from vtriune_jax.main import split_overrides
 from vtriune_jax.rl.policy import policy_logps
@@ -82,13 +82,7 @@ def of_ours(config: Any) -> Costs:
     batch, found = program.batch, {}
     if batch.features is not None:
         graphdef, _ = models.abstract(program.model)
-        rows = Rows("single", 1, 1, 1)  # of a prompt each, for its images
-        images = abstract_batch(
-            config.batch, program.model, stage.prompts, rows, vision_frozen=False
-        )
-        vision = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape[:1] + x.shape[2:], x.dtype), images.vision
-        )
+        vision = abstract_images(config.batch, program.model, stage.prompts)
         found["tower"] = flops.products(models.encode, graphdef, program.state.params, vision)
     if stage.loss.old == "recomputed":
         needed = stage.minibatches - (stage.epochs == 1)  # the first update finds its own

@@ -191,8 +191,8 @@ def get_config() -> Any:
         # Of "sglang": the servers, as ("http://host:30000",), or a file that lists them, as
         # ("runs/fleet/addresses",), which is read again and again: servers may come and go.
         addresses=(),
-        # Of "local": a step's prompts are completed in up to so many parts, one after the other, as
-        # the keys and values of all tokens of a part are in memory at once. Same result.
+        # Of "local": prompts are completed in up to so many parts, one after the other, as the keys
+        # and values of all tokens of a part are in memory at once. Same result.
         pieces=1,
         # Updates that may pass between sampling and training: at 0 every step samples from the
         # parameters that it trains, at 1 the next step's completions are begun before the update,

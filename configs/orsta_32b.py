@@ -18,5 +18,5 @@ def get_config() -> Any:
     config.model.path = "checkpoints/Qwen2.5-VL-32B-Instruct"
     config.model.remat = "full"
     config.batch.micro_batches = 16  # on 64 devices: a group each at once
-    config.rollout.pieces = 8  # 9 GiB of keys and values on each
+    config.rollout.pieces = 8  # "checked" above tells what the sampler takes
     return config

@@ -37,7 +37,7 @@ def get_config() -> Any:
     config.batch.completion_tokens = 2048
     config.batch.windows = 100
     config.batch.micro_batches = 64  # on 16 devices: a group each at once
-    config.rollout.pieces = 8  # 8 GiB of keys and values on each
+    config.rollout.pieces = 8  # "checked" above tells what the sampler takes
 
     config.verifiers.workers = 16
     config.eval.batch = 128

@@ -1,7 +1,6 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
@@ -54,30 +53,6 @@ def test_a_demonstration_is_the_response_of_a_supervised_stage(parts):
     assert verify(SFT, 0, groups, parts) == []
     values, weights = advantages(SFT, groups, [], np.ones(2, bool))
     assert values.tolist() == weights.tolist() == [[1], [1]]
-
-
-def test_completions_made_in_pieces_are_in_the_order_of_their_prompts(parts):
-    asked = []
-
-    def generate(params, prompts, features, sampling, keys, slot):
-        asked.append([prompt.sample.demonstration for prompt in prompts])
-        numbers = np.asarray(jax.random.key_data(keys)).sum(axis=1)
-        rows = zip(prompts, numbers, features, strict=True)
-        return [(prompt, number, int(feature)) for prompt, number, feature in rows]
-
-    parts.engine, parts.served = SimpleNamespace(generate=generate), None
-    parts.slots, parts.mesh = SimpleNamespace(prompt_tokens=9), sharding.make_mesh()
-    prompts, features = [make_prompt(text) for text in "abcdef"], np.arange(6)
-    found = []
-    for pieces in (1, 3, 4):
-        parts.config = SimpleNamespace(seed=0, rollout=SimpleNamespace(pieces=pieces))
-        found.append(respond(GRPO, 0, parts, {}, prompts, features))
-    assert asked[:4] == [list("abcdef"), ["a", "d"], ["b", "e"], ["c", "f"]]
-    assert asked[4:] == [["a", "c", "e"], ["b", "d", "f"]]  # four do not divide six, two do
-    assert found[0] == found[1] == found[2]
-    assert [(prompt.sample.demonstration, row) for prompt, _, row in found[0]] == [
-        *zip("abcdef", range(6), strict=True)
-    ]
 
 
 def test_verdicts_are_grouped_as_the_completions(parts):

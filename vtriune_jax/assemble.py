@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -81,8 +80,9 @@ class Parts:
         processes each gives its own prompts; the features are those of all.
         """
         vision = sharding.shard_rows(stack_vision(prompts, self.slots), self.mesh)
-        rows = len(vision.segments) // sharding.row_shards(self.mesh)
-        pieces = math.gcd(rows, self.config.batch.micro_batches)
+        pieces = sharding.even_pieces(
+            len(vision.segments), self.mesh, self.config.batch.micro_batches
+        )
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # for the tower's `on_rows`
             return models.encode(self.graphdef, params, vision, pieces)
 
@@ -139,6 +139,7 @@ def assemble(config: Any, workdir: Path) -> Iterator[Parts]:
             pad_id=prompter.pad_id,
             decode_text=prompter.decode,
             mesh=mesh,
+            pieces=config.rollout.pieces,
         )
         if config.rollout.engine == "sglang":
             served = serve(

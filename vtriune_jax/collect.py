@@ -1,8 +1,8 @@
 """The completions of one step, judged; with dynamic sampling, until there are enough to learn from.
 
 Dynamic sampling (DAPO, Yu 2025, section 3.2) drops the groups whose scores are all equal, before
-length costs reward. Prompts are drawn until the batch is full or `stage.refill` more rounds
-are used up. Prompts after the last one that found a place go back to the stream: completions of an
+length costs reward. Prompts are drawn until the batch is full or `stage.refill` more rounds are
+used up. Prompts after the last one that found a place go back to the stream: completions of an
 earlier policy never wait for a later step.
 """
 
@@ -18,7 +18,7 @@ from jaxtyping import Bool
 
 from vtriune_jax import hosts
 from vtriune_jax.assemble import Parts
-from vtriune_jax.data import on_rows
+from vtriune_jax.data import device_rows
 from vtriune_jax.data.feed import Skipped
 from vtriune_jax.data.stream import PromptStream
 from vtriune_jax.exchange import exchanged, shares
@@ -116,7 +116,7 @@ def collect(
     order = spread(chosen + dropped[:missing], stage.minibatches)
     held = dict(zip(numbers, zip(groups, verdicts, strict=True), strict=True))
     if share.count == 1:
-        kept = on_rows.take(features, np.array(order)) if encode else None
+        kept = device_rows.take(features, np.array(order)) if encode else None
         batch = [held[number] for number in order]
     else:
         given = shares(order, stage.minibatches, hosts.gather(numbers))

@@ -97,6 +97,11 @@ def check_rows(rows: int, mesh: Mesh, micro_batches: int = 1) -> None:
         )
 
 
+def even_pieces(rows: int, mesh: Mesh | None, most: int) -> int:
+    """How many equal pieces rows make that each lie on all devices: `most` or a divisor of it."""
+    return math.gcd(rows // row_shards(mesh) if mesh else rows, most)
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every leaf of a parameter tree, or of a tree that holds some.
 

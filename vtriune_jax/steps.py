@@ -6,7 +6,6 @@ nobody judges them, and each has advantage 1.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,6 @@ from jaxtyping import Array, Bool, Float
 
 from vtriune_jax import hosts, sharding
 from vtriune_jax.assemble import Parts
-from vtriune_jax.data import on_rows
 from vtriune_jax.data.packing import minibatch, pack, padding
 from vtriune_jax.data.rows import KINDS, Needs, choose, needs
 from vtriune_jax.evaluate import items
@@ -135,9 +133,8 @@ def respond(
 ) -> list[Group]:
     """n completions of every prompt, or its demonstration.
 
-    The in-process sampler goes through the prompts in up to `rollout.pieces`, each of which lies on
-    all devices. What is random follows from the seed, the step of the run and the prompt's place in
-    it, which is `drawn` for the first one; of several processes each has every n-th place.
+    What is random follows from the seed, the step of the run and the prompt's place in it, which is
+    `drawn` for the first one; of several processes each has every n-th place.
     """
     if not stage.sampling:
         return [Group(prompt, (demonstration(prompt, parts),)) for prompt in prompts]
@@ -145,18 +142,7 @@ def respond(
     places = drawn + hosts.share().count * jnp.arange(len(prompts))
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(places)
     slot = parts.slots.prompt_tokens
-    pieces = 1
-    if not parts.served:
-        rows = len(prompts) * jax.process_count() // sharding.row_shards(parts.mesh)
-        pieces = math.gcd(rows, parts.config.rollout.pieces)
-    groups: list[Any] = [None] * len(prompts)
-    for k in range(pieces):
-        own = slice(k, None, pieces)
-        images = None if features is None else on_rows.every(features, pieces, k)
-        groups[own] = parts.engine.generate(
-            params, prompts[own], images, stage.sampling, keys[own], slot
-        )
-    return groups
+    return parts.engine.generate(params, prompts, features, stage.sampling, keys, slot)
 
 
 def demonstration(prompt: Prompt, parts: Parts) -> Completion:

@@ -59,19 +59,24 @@ def split_model():
     return models.split(models.init(CONFIG, seed=0))
 
 
-@pytest.fixture(scope="module")
-def generate(split_model):
-    """generate(prompts, keys, sampling) → groups"""
-    graphdef, params = split_model
-    engine = LocalEngine(
+def engine_of(graphdef, **more):
+    return LocalEngine(
         graphdef,
         stop_ids=[STOP],
         banned_ids=CONFIG.banned_ids,
         pad_id=PAD,
         decode_text=lambda ids: " ".join(map(str, ids)),
+        **more,
     )
 
-    def run(prompts, keys, sampling=SAMPLING):
+
+@pytest.fixture(scope="module")
+def generate(split_model):
+    """generate(prompts, keys, sampling) → groups"""
+    graphdef, params = split_model
+    plain = engine_of(graphdef)
+
+    def run(prompts, keys, sampling=SAMPLING, engine=plain):
         visions = layout.stack_visions([prompt.vision for prompt in prompts], WINDOWS)
         features = models.encode(graphdef, params, visions)
         return engine.generate(params, prompts, features, sampling, keys, PROMPT_TOKENS)
@@ -122,6 +127,24 @@ def test_logps_are_those_of_teacher_forcing(groups, split_model):
             logps = logps_of(ids[None], positions[None], index[None], vision)[0]
             expected = logps[np.arange(own) + tokens - 1, completion.ids]
             np.testing.assert_allclose(completion.logps, expected, atol=1e-4)
+
+
+def test_pieces_change_neither_completions_nor_their_order(generate, split_model, monkeypatch):
+    prompts, own = [*PROMPTS, *PROMPTS], keys(6)
+    whole, asked, sample = generate(prompts, own), [], local.sample
+
+    def counted(graphdef, ids, sampling, params, padded, features, keys):
+        asked.append((len(padded.ids), len(features), len(keys)))
+        return sample(graphdef, ids, sampling, params, padded, features, keys)
+
+    monkeypatch.setattr(local, "sample", counted)
+    for pieces, expected in ((3, [(2, 2, 2)] * 3), (4, [(3, 3, 3)] * 2)):  # 4 do not divide 6
+        asked.clear()
+        engine = engine_of(split_model[0], pieces=pieces)
+        found = generate(prompts, own, engine=engine)
+        assert asked == expected
+        assert [group.prompt for group in found] == prompts
+        assert_same(found, whole)
 
 
 def test_stop_and_length(groups):

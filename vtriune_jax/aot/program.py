@@ -27,6 +27,9 @@ from vtriune_jax.stages import Stage, check_rows, plan
 from vtriune_jax.tiny import tiny_config
 from vtriune_jax.types import Batch, TrainState, Vision
 
+PROMPT = Rows("single", 1, 1, 1)
+"""A row for each prompt."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -139,6 +142,14 @@ def abstract_batch(
         source=ints(*completions[:2]),
         predictors=ints(*completions) if packed else None,
         **images,
+    )
+
+
+def abstract_images(keys: Any, model: ModelConfig, prompts: int) -> Vision:
+    """The shapes of what the vision tower is given for so many prompts; `keys`: config.batch."""
+    of_rows = abstract_batch(keys, model, prompts, PROMPT, vision_frozen=False).vision
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), x.dtype), of_rows
     )
 
 

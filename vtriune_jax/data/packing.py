@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from vtriune_jax.data import on_rows
+from vtriune_jax.data import device_rows
 from vtriune_jax.data.rows import Rows, Slots, assign, cut, packed_rows, sequence_lengths
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import layout
@@ -120,7 +120,7 @@ def minibatch(batch: Batch, parts: int, k: int) -> Batch:
     rows = len(batch.ids)
     if rows % parts:
         raise UserError(f"minibatches={parts} does not divide the {rows} rows of a batch")
-    return jax.tree.map(lambda leaf: on_rows.part(leaf, parts, k), batch)
+    return jax.tree.map(lambda leaf: device_rows.part(leaf, parts, k), batch)
 
 
 def padding(
@@ -166,7 +166,7 @@ def _images(
 ) -> dict[str, Any]:
     """The images of each prompt of each row, as patches or as features."""
     if features is not None:
-        return {"features": on_rows.take([features], prompt_of)}
+        return {"features": device_rows.take([features], prompt_of)}
     vision = stack_vision([groups[g].prompt for g in prompt_of.reshape(-1)], slots)
     return {"vision": jax.tree.map(lambda x: x.reshape(*prompt_of.shape, *x.shape[1:]), vision)}
 

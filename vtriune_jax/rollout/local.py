@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from vtriune_jax import sharding
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import KV, Qwen2_5_VL, merge
-from vtriune_jax.models.layers import whole
+from vtriune_jax.models.layers import on_rows, whole
+from vtriune_jax.models.pieces import split_rows
 from vtriune_jax.rollout.choice import Sampling, next_token
 from vtriune_jax.types import Completion, Group, Prompt
 
@@ -38,16 +39,20 @@ class LocalEngine:
         pad_id: int,
         decode_text: Callable[[Sequence[int]], str],
         mesh: Mesh | None = None,
+        pieces: int = 1,
     ):
         """Take the model's structure, the ids that end or never enter a completion, and a decoder.
 
         `decode_text` makes the text for the verifiers; it is given the ids without the stop token.
-        Rows are spread over the devices of a `mesh`, those of each process over its own.
+        Rows are spread over the devices of a `mesh`, those of each process over its own. Prompts
+        are completed in up to so many `pieces`, one after the other: all keys and values of one are
+        in memory at once.
         """
         self._graphdef = graphdef
         self._ids = Ids(tuple(stop_ids), tuple(banned_ids), pad_id)
         self._decode_text = decode_text
         self._mesh = mesh
+        self._pieces = pieces
 
     def generate(
         self,
@@ -66,6 +71,28 @@ class LocalEngine:
         prompt_tokens, sampling). A completion depends on its prompt's key, its number and the
         prompt, not on the others. Raises UserError when a prompt is longer than `prompt_tokens`.
         """
+        rows = len(prompts) * (jax.process_count() if self._mesh else 1)
+        pieces = sharding.even_pieces(rows, self._mesh, self._pieces)
+        groups: list[Any] = [None] * len(prompts)
+        for k in range(pieces):
+            own = slice(k, None, pieces)
+            with self._on_mesh():
+                images = None if features is None else every(features, pieces, k)
+            groups[own] = self._draw(
+                params, prompts[own], images, sampling, keys[own], prompt_tokens
+            )
+        return groups
+
+    def _draw(
+        self,
+        params: Any,
+        prompts: Sequence[Prompt],
+        features: Float[Array, "groups units embed"] | None,
+        sampling: Sampling,
+        keys: Key[Array, " groups"],
+        prompt_tokens: int,
+    ) -> list[Group]:
+        """`generate`, all prompts at once."""
         padded = pad_prompts(prompts, self._ids.pad, prompt_tokens)
         if self._mesh:
             data = np.asarray(jax.random.key_data(keys))
@@ -148,6 +175,14 @@ def pad_prompts(prompts: Sequence[Prompt], pad_id: int, tokens: int) -> PaddedPr
         segments[row, start:] = 1
         image_index[row, start:] = prompt.image_index
     return PaddedPrompts(*map(jnp.asarray, (ids, positions, segments, image_index)))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def every(
+    features: Float[Array, "groups units embed"], pieces: int, k: int
+) -> Float[Array, "piece units embed"]:
+    """The features of every `pieces`-th group from the k-th on, of each device's own."""
+    return features if pieces == 1 else on_rows(split_rows(features, pieces)[k])
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

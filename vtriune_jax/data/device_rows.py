@@ -24,12 +24,11 @@ def take(arrays: Sequence[Any], index: np.ndarray) -> Any:
     """
     if isinstance(arrays[0], np.ndarray):
         return np.concatenate(arrays)[index]
-    rows = sum(map(len, arrays))
-    place = _place(arrays[0])
+    rows, place = sum(map(len, arrays)), _place(arrays[0])
     times = len(index) // rows
     if np.array_equal(index.ravel(), np.repeat(np.arange(rows), times)):
-        return _repeat(place, times, index.ndim)(arrays)
-    return _take(place)(arrays, index)
+        return _at(place, _repeat, times, index.ndim)(arrays)
+    return _at(place, _take)(arrays, index)
 
 
 def part(array: Any, parts: int, k: int) -> Any:
@@ -38,16 +37,20 @@ def part(array: Any, parts: int, k: int) -> Any:
         return array
     if isinstance(array, np.ndarray):
         return np.split(array, parts)[k]
-    return _part(_place(array), parts, k)(array)
+    return _at(_place(array), _part, parts, k)(array)
 
 
-def every(array: Any, parts: int, k: int) -> Any:
-    """Every `parts`-th row, beginning with the k-th: of each device's own."""
-    if parts == 1:
-        return array
-    if isinstance(array, np.ndarray):
-        return array[k::parts]
-    return _every(_place(array), parts, k)(array)
+def _take(arrays: Sequence[jax.Array], index: jax.Array) -> jax.Array:
+    return jnp.take(jnp.concatenate(arrays), index, axis=0)
+
+
+def _repeat(times: int, index_rank: int, arrays: Sequence[jax.Array]) -> jax.Array:
+    rows = jnp.repeat(jnp.concatenate(arrays), times, axis=0)
+    return rows.reshape(len(rows), *[1] * (index_rank - 1), *rows.shape[1:])
+
+
+def _part(parts: int, k: int, array: jax.Array) -> jax.Array:
+    return jnp.split(array, parts)[k]
 
 
 def _place(array: jax.Array) -> Sharding:
@@ -59,28 +62,6 @@ def _place(array: jax.Array) -> Sharding:
 
 
 @functools.cache
-def _take(place: Sharding) -> Callable[..., jax.Array]:
-    return jax.jit(
-        lambda arrays, index: jnp.take(jnp.concatenate(arrays), index, axis=0), out_shardings=place
-    )
-
-
-@functools.cache
-def _repeat(place: Sharding, times: int, index_rank: int) -> Callable[..., jax.Array]:
-    def repeat(arrays: Sequence[jax.Array]) -> jax.Array:
-        rows = jnp.repeat(jnp.concatenate(arrays), times, axis=0)
-        return rows.reshape(len(rows), *[1] * (index_rank - 1), *rows.shape[1:])
-
-    return jax.jit(repeat, out_shardings=place)
-
-
-@functools.cache
-def _part(place: Sharding, parts: int, k: int) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda array: jnp.split(array, parts)[k], out_shardings=place)
-
-
-@functools.cache
-def _every(place: Sharding, parts: int, k: int) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(
-        lambda array: array.reshape(-1, parts, *array.shape[1:])[:, k], out_shardings=place
-    )
+def _at(place: Sharding, function: Callable[..., jax.Array], *first: int) -> Callable[..., Any]:
+    """The function with its first arguments, jitted; its result lies at `place`."""
+    return jax.jit(functools.partial(function, *first), out_shardings=place)

@@ -1,6 +1,6 @@
-"""Rows chosen anew on eight devices; run by on_rows_test.py.
+"""Rows chosen anew on eight devices; run by device_rows_test.py.
 
-JAX_NUM_CPU_DEVICES=8 PYTHONPATH=. python on_rows_cases.py
+JAX_NUM_CPU_DEVICES=8 PYTHONPATH=. python device_rows_cases.py
 """
 
 import json
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from vtriune_jax import sharding
-from vtriune_jax.data import on_rows
+from vtriune_jax.data import device_rows
 
 OLD = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
 
@@ -29,11 +29,12 @@ def cases() -> dict[str, dict[str, object]]:
         "packed": np.repeat(np.arange(16), 4)[::-1].reshape(16, 4),
         "mixed": np.random.default_rng(0).permutation(16)[:8],
     }
-    found = {name: told(on_rows.take([array], order), OLD[order]) for name, order in orders.items()}
+    found = {
+        name: told(device_rows.take([array], order), OLD[order]) for name, order in orders.items()
+    }
     order = np.array([0, 31, 17, 3])
-    found["of two"] = told(on_rows.take([array, array + 1], order), np.r_[OLD, OLD + 1][order])
-    found["every fourth"] = told(on_rows.every(array, 4, 3), OLD[3::4])
-    found["second half"] = told(on_rows.part(array, 2, 1), OLD[8:])
+    found["of two"] = told(device_rows.take([array, array + 1], order), np.r_[OLD, OLD + 1][order])
+    found["second half"] = told(device_rows.part(array, 2, 1), OLD[8:])
     return found
 
 

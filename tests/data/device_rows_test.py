@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vtriune_jax.data import on_rows
+from vtriune_jax.data import device_rows
 
 ROOT = Path(__file__).parents[2]
-CASES = Path(__file__).with_name("on_rows_cases.py")
+CASES = Path(__file__).with_name("device_rows_cases.py")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_each_device_keeps_its_share_of_the_rows(on_eight_devices):
     """Of features of a large batch no device has room for all."""
     expected = {"equal": True, "parts": [1 / 4]}  # data=2 × fsdp=2, beside tensor=2
     assert on_eight_devices == dict.fromkeys(on_eight_devices, expected)
-    assert len(on_eight_devices) == 7
+    assert len(on_eight_devices) == 6
 
 
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
@@ -36,12 +36,10 @@ def test_rows_of_one_device_or_of_the_host(kind):
     old = np.arange(12).reshape(6, 2)
     array, index = kind(old), np.array([[5, 0], [1, 1]])
     for found, expected in (
-        (on_rows.take([array], index), old[index]),
-        (on_rows.take([array], np.arange(6)[:, None]), old[:, None]),
-        (on_rows.every(array, 3, 1), old[1::3]),
-        (on_rows.every(array, 1, 0), old),
-        (on_rows.part(array, 3, 1), old[2:4]),
-        (on_rows.part(array, 1, 0), old),
+        (device_rows.take([array], index), old[index]),
+        (device_rows.take([array], np.arange(6)[:, None]), old[:, None]),
+        (device_rows.part(array, 3, 1), old[2:4]),
+        (device_rows.part(array, 1, 0), old),
     ):
         assert isinstance(found, type(array))
         np.testing.assert_array_equal(found, expected)
