@@ -17,8 +17,10 @@ import pytest
 from tests.e2e.runs import arguments, records, timeless
 from vtriune_jax import assemble, collect
 from vtriune_jax.main import main
+from vtriune_jax.types import RewardConfig
 from vtriune_jax.verifiers.client import VerifierClient
 from vtriune_jax.verifiers.embedded import VerifierServer
+from vtriune_jax.verifiers.item import Item
 
 STEPS = 5
 
@@ -50,10 +52,10 @@ def undisturbed(run):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Makes a run notice in a second what else takes it ten."""
-    soon = functools.partial(VerifierClient, patience=1.0, hedge=0.5, timeout=2.0)
+    """Makes a run notice in three seconds what else takes it ten."""
+    soon = functools.partial(VerifierClient, patience=3.0, hedge=0.5, timeout=4.0)
     monkeypatch.setattr(assemble, "VerifierClient", soon)
-    monkeypatch.setattr(assemble, "VerifierServer", functools.partial(VerifierServer, patience=1.0))
+    monkeypatch.setattr(assemble, "VerifierServer", functools.partial(VerifierServer, patience=3.0))
 
 
 def child_of(process, module):
@@ -177,15 +179,25 @@ def test_servers_that_answer_late_wrongly_or_not_at_all(run, undisturbed, impati
     assert faults == []
 
 
-def test_what_no_server_judges_is_masked_and_counted(run, undisturbed, impatient):
+def test_what_no_server_judges_is_masked_and_counted(run, undisturbed, monkeypatch):
     """The first step is as ever; from then on nobody answers, and nothing is learnt any more."""
-    faults = [""] + ["no JSON"] * 10_000
+    faults = []
+
+    def verify(stage, step, *args):
+        if step == 1:
+            faults.extend(["no JSON"] * 10_000)
+        return judge(stage, step, *args)
+
+    judge = collect.verify
+    monkeypatch.setattr(collect, "verify", verify)
     with VerifierServer(workers=1) as server, proxy(server.addresses()[0], faults) as address:
+        with VerifierClient([address]) as client:  # the worker starts before the deadline runs
+            client.score([Item(r"\boxed{7}", RewardConfig("mathverify", "7"))])
         lines = run(
             "nobody",
             verifiers_mode="server",
             verifiers_addresses=(address,),
-            verifiers_deadline_seconds=1.0,
+            verifiers_deadline_seconds=10.0,
             grpo_steps=2,
         )
     assert lines[0] == undisturbed[0]
