@@ -78,12 +78,12 @@ def _resized(
     picture: Image.Image, size: tuple[int, int], rows: int, columns_first: bool
 ) -> Iterator[Strip]:
     across = _weights(picture.width, size[0])
-    first, weights = _weights(picture.height, size[1])
+    first, count, weights = _weights(picture.height, size[1])
     for top in range(0, size[1], rows):
         part = slice(top, top + rows)
         begin, end = first[part][0], first[part][-1] + weights.shape[1]
         pixels = _pixels(picture, begin, min(end, picture.height))
-        down = (first[part] - begin, weights[part])
+        down = (first[part] - begin, count[part], weights[part])
         if columns_first:
             yield _weigh_rows(_weigh_columns(pixels, *down), *across)
         else:
@@ -119,10 +119,12 @@ def _order() -> Callable[[tuple[int, int], tuple[int, int]], bool] | None:
 
 
 @functools.lru_cache(maxsize=512)
-def _weights(old: int, new: int) -> tuple[Int32[np.ndarray, "new"], Int32[np.ndarray, "new taps"]]:
-    """The first pixel that each new one is made of, and the weights of it and the ones behind it.
+def _weights(
+    old: int, new: int
+) -> tuple[Int32[np.ndarray, "new"], Int32[np.ndarray, "new"], Int32[np.ndarray, "new taps"]]:
+    """The first pixel that each new one is made of, of how many it is made, and their weights.
 
-    Weights are integers, 2²² is one, a multiple of four for each; beyond the side's end they are 0.
+    Weights are integers, 2²² is one, a multiple of four for each; beyond its pixels they are 0.
     """
     scale = old / new
     stretch = max(scale, 1.0)
@@ -137,7 +139,8 @@ def _weights(old: int, new: int) -> tuple[Int32[np.ndarray, "new"], Int32[np.nda
     weight = np.where(tap < count[:, None], weight, 0.0)
     total = np.cumsum(weight, axis=1)[:, -1:]  # one after the other, as a loop adds
     weight = weight * (1 / total) * (1 << _BITS)
-    return first.astype(np.int32), np.trunc(weight + np.copysign(0.5, weight)).astype(np.int32)
+    whole = np.trunc(weight + np.copysign(0.5, weight))
+    return first.astype(np.int32), count.astype(np.int32), whole.astype(np.int32)
 
 
 def _pixels(picture: Image.Image, start: int, stop: int) -> Strip:
@@ -146,7 +149,7 @@ def _pixels(picture: Image.Image, start: int, stop: int) -> Strip:
 
 
 @_compiled()
-def _weigh_rows(source, first, weights):
+def _weigh_rows(source, first, count, weights):
     """[rows, width] to [rows, new width] pixels of four bytes, `_LANES` rows at a time, turned."""
     height, width = source.shape
     out = np.empty((height, len(first)), np.uint32)
@@ -161,28 +164,28 @@ def _weigh_rows(source, first, weights):
                 for x in range(left, min(left + _LANES, width)):
                     turned[x, y] = source[top + y, x]
         for x in range(out.shape[1]):
-            _weigh(columns, first[x], weights[x], sums, done.view(np.uint8))
+            _weigh(columns, first[x], count[x], weights[x], sums, done.view(np.uint8))
             for y in range(rows):
                 out[top + y, x] = done[y]
     return out
 
 
 @_compiled()
-def _weigh_columns(source, first, weights):
+def _weigh_columns(source, first, count, weights):
     """[rows, width] to [new rows, width] pixels of four bytes."""
     out = np.empty((len(first), source.shape[1]), np.uint32)
     rows, results = source.view(np.uint8), out.view(np.uint8)
     sums = np.empty(rows.shape[1], np.int32)
     for y in range(len(out)):
-        _weigh(rows, first[y], weights[y], sums, results[y])
+        _weigh(rows, first[y], count[y], weights[y], sums, results[y])
     return out
 
 
 @_compiled(inline="always")
-def _weigh(vectors, first, weights, sums, out):
+def _weigh(vectors, first, count, weights, sums, out):
     """One output vector; four input vectors at a time, as most outputs have no more."""
     last = len(vectors) - 1
-    for k in range(0, len(weights), 4):
+    for k in range(0, count, 4):
         a, b, c, d = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
         p, q = vectors[min(first + k, last)], vectors[min(first + k + 1, last)]
         r, s = vectors[min(first + k + 2, last)], vectors[min(first + k + 3, last)]
