@@ -37,8 +37,9 @@ KEYS = {
 
 def run(*words: str) -> subprocess.CompletedProcess:
     """In a process of its own: the number of devices is fixed when JAX starts."""
+    folders = [str(configs.REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
-        "PYTHONPATH": str(configs.REPOSITORY),
+        "PYTHONPATH": os.pathsep.join(filter(None, folders)),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
     }
     return subprocess.run(
@@ -168,12 +169,6 @@ def test_a_jaxlib_that_does_not_know_the_flag_is_not_told(monkeypatch, jaxlib):
     assert os.environ["XLA_FLAGS"] == commands.GPU_FLAG
 
 
-needs_tpu_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="needs the TPU compiler: pip install 'jax[tpu]'",
-)
-
-
 CUDA_COMPILER = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
 needs_cuda_compiler = pytest.mark.skipif(
     not CUDA_COMPILER, reason="needs the CUDA compiler: pip install 'jax[cuda13]'"
@@ -198,7 +193,7 @@ def test_without_the_cuda_compiler_it_is_told_where_it_comes_from():
     assert done.stderr.count("\n") == 1
 
 
-@needs_tpu_compiler
+@pytest.mark.tpu
 def test_the_tpu_compiler_compiles_the_update(tmp_path):
     small = ("--config.grpo.prompts=4", "--config.grpo.samples=2", "--config.model.tiny.layers=1")
     found, _ = compiled(tmp_path, "v5e:2x2", *small)
@@ -208,8 +203,7 @@ def test_the_tpu_compiler_compiles_the_update(tmp_path):
     assert found["collective_bytes_per_step"] > 0
 
 
-@needs_tpu_compiler
-@pytest.mark.slow
+@pytest.mark.tpu
 def test_the_tpu_compiler_tells_what_does_not_fit(tmp_path):
     found, text = compiled(tmp_path, "v5e:2x2", "--config.grpo.prompts=65536", status=1)
     assert found["bytes_per_device"] > found["bytes_limit"]
@@ -217,8 +211,7 @@ def test_the_tpu_compiler_tells_what_does_not_fit(tmp_path):
     assert found["largest_buffers"]
 
 
-@needs_tpu_compiler
-@pytest.mark.slow
+@pytest.mark.tpu
 def test_slices_send_gradients_only_over_the_slow_network(tmp_path):
     slices = ("--num_slices=2", "--config.mesh.data=2", "--config.model.tiny.layers=1")
     found, _ = compiled(tmp_path, "v5e:2x2", *slices)
@@ -226,8 +219,7 @@ def test_slices_send_gradients_only_over_the_slow_network(tmp_path):
     assert 0 < found["collectives"]["between slices"] < found["collective_bytes_per_step"]
 
 
-@needs_tpu_compiler
-@pytest.mark.slow
+@pytest.mark.tpu
 @pytest.mark.parametrize(
     ("config", "topology"),
     [

@@ -181,5 +181,6 @@ def test_ci_runs_the_test_scripts_and_nothing_else():
         "set -euo pipefail",
         'cd "$(dirname "${BASH_SOURCE[0]}")/.."',
         "launch/test.sh",
+        "launch/test_tpu.sh",
         f"{real} || {real} --last-failed",
     ]
