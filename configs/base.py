@@ -113,7 +113,7 @@ def get_config() -> Any:
         # Tokens of a row's completion slot; longer completions are cut and count as truncated.
         completion_tokens=2048,
         # Windows of the vision tower per row: ⌈h/112⌉·⌈w/112⌉ for an image of h×w pixels, if the
-        # window size is 112 (as in the released models).
+        # window size is 112 (as in the released models). 0 where no row has an image.
         windows=400,
         # An update goes through its rows in this many pieces, and the vision tower through images,
         # to save memory; same result. Where there are fewer groups than pieces and devices, a group

@@ -21,3 +21,9 @@ def test_the_result_is_in_the_order_of_the_rows(pieces):
     found = map_rows(function, {"a": rows, "b": rows[:, 0]}, pieces)
     np.testing.assert_array_equal(found, rows**2 + rows[:, :1])
     assert set(seen) == {6 // pieces}
+
+
+def test_rows_may_be_empty():
+    rows = jnp.zeros((6, 0, 3))
+    assert split_rows(rows, 2).shape == (2, 3, 0, 3)
+    assert map_rows(lambda x: x[..., :2], rows, 2).shape == (6, 0, 2)

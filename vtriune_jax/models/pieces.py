@@ -19,7 +19,7 @@ def split_rows(tree: T, pieces: int) -> T:
     """
 
     def split(x: Array) -> Array:
-        return jnp.swapaxes(x.reshape(-1, pieces, *x.shape[1:]), 0, 1)
+        return jnp.swapaxes(x.reshape(len(x) // pieces, pieces, *x.shape[1:]), 0, 1)
 
     return jax.tree.map(split, tree)
 
@@ -29,4 +29,4 @@ def map_rows(function: Callable[[T], Array], tree: T, pieces: int) -> Array:
     if pieces == 1:
         return function(tree)
     found: Any = jax.lax.map(function, split_rows(tree, pieces))
-    return jnp.swapaxes(found, 0, 1).reshape(-1, *found.shape[2:])
+    return jax.lax.collapse(jnp.swapaxes(found, 0, 1), 0, 2)
