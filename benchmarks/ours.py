@@ -35,7 +35,7 @@ from ours_batch import prompts_of, read, sample_of
 from update_work import cpu_seconds, peak_mb
 
 from vtriune_jax import models, sharding
-from vtriune_jax.commands import keep_programs, tell_compilers
+from vtriune_jax.commands import keep_programs, return_memory, tell_compilers
 from vtriune_jax.data.packing import pack, stack_vision
 from vtriune_jax.data.rows import Slots, choose, needs
 from vtriune_jax.optim import OptimConfig, make_optimizer
@@ -69,6 +69,7 @@ def main() -> None:
         jax.config.update("jax_platforms", "cpu")
     tell_compilers()
     keep_programs()
+    return_memory()
     metrics = bench(args, "-text" in args.case, dtype)
     metrics["peak_rss_mb"] = metrics.get("peak_rss_mb") or peak_mb()
     print("BENCH_JSON " + json.dumps({"case": args.case, "metrics": metrics}), flush=True)

@@ -38,7 +38,7 @@ from update_work import (
 )
 
 from vtriune_jax import models, sharding
-from vtriune_jax.commands import keep_programs, tell_compilers
+from vtriune_jax.commands import keep_programs, return_memory, tell_compilers
 from vtriune_jax.data import digits
 from vtriune_jax.data.packing import stack_vision
 from vtriune_jax.data.prompts import Prompter
@@ -62,6 +62,7 @@ def main(what: str, folder: Path, *preset: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     tell_compilers()
     keep_programs()
+    return_memory()
     if what == "prepare":
         prepare(folder, *preset)
     elif what == "step":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -24,6 +26,8 @@ GPU_FLAG = "--xla_gpu_memory_limit_slop_factor=200"
 program takes more than 0.8 of the device's; what to repeat is `model.remat`'s to say."""
 GPU_MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92"
 """The part of a GPU's memory that JAX takes, instead of its 0.75."""
+COMPILED = "/jax/core/compile/backend_compile_duration"
+"""JAX's event: a program was compiled, or read from where they are kept."""
 
 
 def tell_compilers() -> None:
@@ -57,6 +61,24 @@ def keep_programs() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     folder = caches / "vtriune_jax" / f"jax-{cores}-cores"
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+@functools.cache
+def return_memory() -> None:
+    """Has what compiling for CPUs leaves behind, some 100 MB, returned to the system at once.
+
+    glibc would keep it for later, in pieces too small for the arrays of a program. A call takes a
+    millisecond. Other allocators are left alone.
+    """
+    import jax
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+    def compiled(event: str, *_: object, **__: object) -> None:
+        if event == COMPILED and trim and jax.default_backend() == "cpu":
+            trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)
 
 
 def fill(options: flags.FlagValues, words: Sequence[str], needed: Sequence[str]) -> None:

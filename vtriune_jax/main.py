@@ -32,7 +32,7 @@ from typing import Any
 from absl import flags
 
 from vtriune_jax import config as configs
-from vtriune_jax.commands import fill, keep_programs, tell_compilers
+from vtriune_jax.commands import fill, keep_programs, return_memory, tell_compilers
 from vtriune_jax.errors import UserError
 
 
@@ -124,6 +124,7 @@ def train(options: flags.FlagValues, overrides: Sequence[tuple[str, str]]) -> No
     from vtriune_jax import hosts
 
     keep_programs()
+    return_memory()
     hosts.join(options.coordinator, options.processes, options.process, options.wait)
     workdir = Path(options.workdir)
     hosts.check_same("settings", _settings(config, jax.__version__))
