@@ -19,5 +19,5 @@ if [[ $(cat "$folder/installed" 2>/dev/null) != "$wanted" ]]; then
   printf '%s\n' "$wanted" >"$folder/installed"
 fi
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}"
-# One process: a compilation takes several GB, and both cores of a small machine.
+# One process: a compilation takes both cores of a small machine.
 exec "$python" -m pytest --numprocesses=0 -m tpu "$@"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import base
+from tests.e2e.tiny import get_config
 from vtriune_jax import models, tiny
 from vtriune_jax.models.vision import normalise
 
@@ -19,11 +19,7 @@ ROWS, PROMPT, RESPONSE = 4, 16, 8
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A folder with a tiny model and the four batches: an image of 56×56 pixels a row, or none."""
-    sizes = base.get_config().model.tiny
-    sizes.vocab_size, sizes.hidden, sizes.intermediate, sizes.layers = 400, 32, 48, 2
-    sizes.heads, sizes.kv_heads, sizes.mrope_section = 2, 1, (2, 3, 3)
-    sizes.vision_hidden, sizes.vision_intermediate, sizes.vision_depth = 16, 24, 2
-    sizes.full_attention_layers = (1,)
+    sizes = get_config().model.tiny
     folder = tiny.ensure_tiny(tmp_path_factory.mktemp("tiny") / "model", sizes, ["a digit"], 0)
     config = models.load_pretrained(folder).config
     rng = np.random.default_rng(0)

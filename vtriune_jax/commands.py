@@ -65,10 +65,10 @@ def keep_programs() -> None:
 
 @functools.cache
 def return_memory() -> None:
-    """Has what compiling for CPUs leaves behind, some 100 MB, returned to the system at once.
+    """Has what compiling for CPUs leaves behind returned to the system at once: docs/benchmarks.md.
 
-    glibc would keep it for later, in pieces too small for the arrays of a program. A call takes a
-    millisecond. Other allocators are left alone.
+    glibc would keep it for later, in pieces too small for the arrays of a program. Other allocators
+    are left alone.
     """
     import jax
 

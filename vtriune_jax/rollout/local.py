@@ -76,35 +76,20 @@ class LocalEngine:
         groups: list[Any] = [None] * len(prompts)
         for k in range(pieces):
             own = slice(k, None, pieces)
+            padded, mine = pad_prompts(prompts[own], self._ids.pad, prompt_tokens), keys[own]
+            if self._mesh:
+                data = np.asarray(jax.random.key_data(mine))
+                padded, data = sharding.shard_rows((padded, data), self._mesh)
+                mine = jax.random.wrap_key_data(data)
             with self._on_mesh():
                 images = None if features is None else every(features, pieces, k)
-            groups[own] = self._draw(
-                params, prompts[own], images, sampling, keys[own], prompt_tokens
-            )
+                drawn = sample(self._graphdef, self._ids, sampling, params, padded, images, mine)
+            drawn = sharding.local_rows(drawn, self._mesh) if self._mesh else jax.device_get(drawn)
+            groups[own] = [
+                Group(prompt, tuple(self._completion(drawn, row, i) for i in range(sampling.n)))
+                for row, prompt in enumerate(prompts[own])
+            ]
         return groups
-
-    def _draw(
-        self,
-        params: Any,
-        prompts: Sequence[Prompt],
-        features: Float[Array, "groups units embed"] | None,
-        sampling: Sampling,
-        keys: Key[Array, " groups"],
-        prompt_tokens: int,
-    ) -> list[Group]:
-        """`generate`, all prompts at once."""
-        padded = pad_prompts(prompts, self._ids.pad, prompt_tokens)
-        if self._mesh:
-            data = np.asarray(jax.random.key_data(keys))
-            padded, data = sharding.shard_rows((padded, data), self._mesh)
-            keys = jax.random.wrap_key_data(data)
-        with self._on_mesh():
-            drawn = sample(self._graphdef, self._ids, sampling, params, padded, features, keys)
-        drawn = sharding.local_rows(drawn, self._mesh) if self._mesh else jax.device_get(drawn)
-        return [
-            Group(prompt, tuple(self._completion(drawn, group, i) for i in range(sampling.n)))
-            for group, prompt in enumerate(prompts)
-        ]
 
     def _on_mesh(self) -> AbstractContextManager[Any]:
         """What `models` asks for, so that each device works on its own rows."""
