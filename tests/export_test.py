@@ -1,5 +1,6 @@
 """A run's checkpoint as a Hugging Face folder."""
 
+import io
 import json
 import shutil
 import warnings
@@ -9,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import base
 from vtriune_jax import config as configs
 from vtriune_jax import export as module
 from vtriune_jax import models, sharding, tiny
 from vtriune_jax.checkpoint import Checkpointer
+from vtriune_jax.data import images
 from vtriune_jax.data.tokenizer import load_processor
 from vtriune_jax.errors import UserError
 from vtriune_jax.export import copy_processor, export, generation_config, main, write_folder
@@ -127,8 +130,42 @@ def test_processor_files_are_copied_and_nothing_else(tmp_path):
     others = ["pytorch_model.bin", "model.safetensors", "config.json", "README.md", ".part"]
     for name in [*wanted, *others]:
         (source / name).write_text(name)
-    copy_processor(source, target)
+    copy_processor(source, target, {"min_pixels": 3})
     assert sorted(file.name for file in target.iterdir()) == sorted(wanted)
+
+
+@pytest.mark.parametrize("saved_by", ["hub", "transformers"])
+@pytest.mark.parametrize(
+    "limits", [{"min_pixels": 128 * 128, "max_pixels": None}, {"max_pixels": 56 * 56}, {}]
+)
+def test_the_processor_has_the_runs_limits_of_pixels(run, tmp_path, saved_by, limits):
+    source, target = run[0] / "model", tmp_path / "target"
+    target.mkdir()
+    if saved_by == "transformers":
+        source = tmp_path / "source"
+        load_processor(run[0] / "model").save_pretrained(source)
+        assert not (source / "preprocessor_config.json").exists()
+    copy_processor(source, target, limits)
+    before, after = (load_processor(folder).image_processor for folder in (source, target))
+    picture = Image.fromarray(np.zeros((100, 100, 3), np.uint8))
+    theirs = after(picture, return_tensors="np")["image_grid_thw"]
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    trained_on = images.patches([buffer.getvalue()], before, "", **limits)[1]
+    np.testing.assert_array_equal(theirs, trained_on)
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
+def test_a_link_to_a_folder_stays(parts, tmp_path, target):
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "disk" / "link"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / target)
+    for _ in range(2):
+        write_folder(link, *parts, replace=True)
+        assert [path.name for path in link.parent.iterdir()] == ["link"]
+        assert (tmp_path / target / "config.json").exists()
+        assert link.is_symlink()
 
 
 def test_parameters_are_read_one_by_one(run, tmp_path, monkeypatch):
@@ -167,7 +204,7 @@ def parts(run):
     workdir, saved = run
     model = saved["sft", 2]
     flat = weights.flatten(models.split(model)[1])
-    return workdir / "model", model.config, flat.__getitem__
+    return workdir / "model", model.config, flat.__getitem__, {}
 
 
 def test_a_failure_leaves_nothing(parts, tmp_path, monkeypatch):

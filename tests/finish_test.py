@@ -63,7 +63,9 @@ def test_no_picture_and_no_boxes():
 
 def make_parts(folder, samples=1, **more):
     return SimpleNamespace(
-        config=SimpleNamespace(log=SimpleNamespace(samples=samples), stages=("sft", "grpo")),
+        config=SimpleNamespace(
+            log=SimpleNamespace(samples=samples), stages=("sft", "grpo"), data={"min_pixels": 5000}
+        ),
         checkpoint_path=folder,
         **{"model_config": SimpleNamespace(vision=SimpleNamespace(patch_size=14)), **more},
     )

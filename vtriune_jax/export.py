@@ -7,9 +7,10 @@
 --dtype=NAME          float32 (default), which is exact, or bfloat16
 --help                show this text
 
-The folder has weights, config, tokenizer, image processor and generation config. It appears when it
-is complete; one that a kill left half done is hidden beside it and replaced by the next export.
-Parameters are read one at a time, each spread over this machine's devices.
+The folder has weights, config, tokenizer, image processor and generation config, the processor with
+the run's limits of pixels (data.min_pixels and max_pixels). It appears when it is complete; one
+that a kill left half done is hidden beside it and replaced by the next export. Parameters are read
+one at a time, each spread over this machine's devices.
 
 Exit status: 0 done, 2 a mistake in the input (one line says which).
 """
@@ -17,9 +18,10 @@ Exit status: 0 done, 2 a mistake in the input (one line says which).
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,8 @@ PROCESSOR_FILES = (
     "video_preprocessor_config.json",
     "vocab.json",
 )
+EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+"""What an image processor's limits of pixels are called, and what they are called in its `size`."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,8 +64,8 @@ def main(argv: Sequence[str]) -> int:
             print(__doc__)
             return 0
         where = export(
-            Path(options.checkpoint),
-            Path(options.out),
+            Path(options.checkpoint).expanduser(),
+            Path(options.out).expanduser(),
             stage=options.stage,
             step=options.step,
             dtype=options.dtype,
@@ -117,7 +121,7 @@ def export(
         base = {p: shape for p, shape in shapes.items() if p not in saved}
         unchanged = weights.reader(source, base, jnp.dtype(keys["base_dtype"]), place)
         fetch = _either(fetch, saved, unchanged)
-    write_folder(out, source, config, fetch, param_dtype=dtype)
+    write_folder(out, source, config, fetch, run.get("data", {}), param_dtype=dtype)
     return f"{folder.name} step {step}, as {dtype}"
 
 
@@ -126,20 +130,22 @@ def write_folder(
     source: Path,
     config: ModelConfig,
     fetch: Callable[[str], jax.Array],
+    limits: Mapping[str, Any],
     *,
     param_dtype: str = "float32",
     replace: bool = False,
 ) -> None:
     """Writes a model with the processor of the checkpoint folder `source`, whole or not at all.
 
-    `fetch` gives the parameter of a path (see `models.pretrained.save_params`). An earlier folder
+    `fetch` gives the parameter of a path (see `models.pretrained.save_params`). The processor gets
+    the `min_pixels` and `max_pixels` of `limits`, but for those that are None. An earlier folder
     gives way only if `replace` says so, or if it is empty, and comes back if that fails; after a
     kill the next call brings it back.
 
     Raises:
       UserError: the folder is there already or cannot be written.
     """
-    out = out.absolute()
+    out = Path(os.path.realpath(out))  # a link, say to a larger disk, stays one
     scratch, old = (out.with_name(f".{out.name}.{kind}") for kind in ("part", "old"))
     try:
         _bring_back(old, out)
@@ -148,7 +154,7 @@ def write_folder(
         for left in (scratch, old):
             shutil.rmtree(left, ignore_errors=True)
         pretrained.save_params(config, fetch, scratch, param_dtype=param_dtype)
-        copy_processor(source, scratch)
+        copy_processor(source, scratch, limits)
         if not (scratch / "generation_config.json").exists():
             text = json.dumps(generation_config(config), indent=2)
             (scratch / "generation_config.json").write_text(text + "\n")
@@ -179,11 +185,29 @@ def check_free(out: Path) -> None:
         raise UserError(f"{out} exists and is not an empty folder; choose another, or remove it")
 
 
-def copy_processor(source: Path, target: Path) -> None:
-    """Copies the files of tokenizer, image processor and generation."""
+def copy_processor(source: Path, target: Path, limits: Mapping[str, Any]) -> None:
+    """Copies the files of tokenizer, image processor and generation; `limits`: `write_folder`."""
     for name in PROCESSOR_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    given = {name: limits[name] for name in EDGES if limits.get(name) is not None}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if given and (target / name).is_file():
+            _limit(target / name, given)
+
+
+def _limit(file: Path, given: Mapping[str, int]) -> None:
+    """Puts limits of pixels into an image processor's settings, in both ways to say them."""
+    settings = json.loads(file.read_text())
+    images = settings.get("image_processor")  # of a whole processor's
+    if file.name == "preprocessor_config.json":
+        images = settings
+    if images is None:
+        return
+    images.update(given)
+    if isinstance(images.get("size"), dict):
+        images["size"].update({EDGES[name]: value for name, value in given.items()})
+    file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def generation_config(config: ModelConfig) -> dict[str, Any]:
@@ -208,7 +232,7 @@ def _run_config(workdir: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise UserError(f"{file} is not JSON ({error}); copy it again") from None
-    if not ("stages" in found and "path" in found.get("model", {})):
+    if not (isinstance(found, dict) and "stages" in found and "path" in found.get("model", {})):
         raise UserError(f"{file} is not of a run; --checkpoint takes the --workdir of a run")
     return found
 

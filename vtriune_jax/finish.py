@@ -47,7 +47,14 @@ def finish(
     if not hosts.is_first():
         give_params(parts.model_config, fetch)
         return
-    write_folder(workdir / "final", parts.checkpoint_path, parts.model_config, fetch, replace=True)
+    write_folder(
+        workdir / "final",
+        parts.checkpoint_path,
+        parts.model_config,
+        fetch,
+        parts.config.data,
+        replace=True,
+    )
     write_summary(workdir, before, after, steps, seconds, devices)
     write_report(
         workdir,

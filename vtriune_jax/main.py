@@ -126,7 +126,7 @@ def train(options: flags.FlagValues, overrides: Sequence[tuple[str, str]]) -> No
     keep_programs()
     return_memory()
     hosts.join(options.coordinator, options.processes, options.process, options.wait)
-    workdir = Path(options.workdir)
+    workdir = Path(options.workdir).expanduser()
     hosts.check_same("settings", _settings(config, jax.__version__))
     hosts.from_first(lambda: _record(config, workdir))
     hosts.check_shared(workdir)

@@ -1,4 +1,5 @@
 import io
+import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -44,6 +45,31 @@ def test_sixteen_bit_grey_is_scaled_not_clipped():
     pgm = b"P5 4 4 65535\n" + b"\x80\0" * 16
     for data in (encode(deep), encode(deep, "TIFF"), pgm):
         assert set(np.asarray(images.decode(data, "x")).ravel()) == {0x80}
+
+
+def tiff(bits, photometric, pixels):
+    """A strip of 4×4 grey pixels, which Pillow cannot write."""
+    entries = [
+        *((256, 4), (257, 4), (258, bits), (259, 1), (262, photometric)),
+        *((273, 8 + 2 + 9 * 12 + 4), (277, 1), (278, 4), (279, len(pixels))),
+    ]
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", 9) + tags + b"\0\0\0\0" + pixels
+
+
+@pytest.mark.parametrize(("bits", "negative"), [(8, 0), (8, 1), (12, 0), (16, 0), (16, 1)])
+def test_scans_have_the_range_that_their_file_says(bits, negative):
+    black, white = bytes(2 * bits), b"\xff" * (2 * bits)
+    if negative:
+        black, white = white, black
+    assert not np.asarray(images.decode(tiff(bits, 1 - negative, black), "x")).any()
+    assert np.asarray(images.decode(tiff(bits, 1 - negative, white), "x")).min() == 255
+
+
+def test_transparent_grey_of_sixteen_bits_becomes_white():
+    deep = Image.fromarray(np.array([[0x1234, 0x1235]], np.uint16))
+    found = np.asarray(images.decode(encode(deep, transparency=0x1234), "x"))
+    assert found[0, :, 0].tolist() == [255, 0x12]
 
 
 @pytest.mark.parametrize(("kind", "mode"), [(np.int32, "I"), (np.float32, "F")])

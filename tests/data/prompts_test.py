@@ -1,5 +1,7 @@
 import dataclasses
 import io
+import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -166,10 +168,31 @@ def test_tokenizer_of_another_checkpoint(processor, model_config):
         Prompter(processor, other)
 
 
-def test_a_processor_that_normalises_otherwise(model_config, processor_folder):
-    settings = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5], "rescale_factor": 1.0}
-    for name, value in settings.items():
-        other = load_processor(processor_folder)
-        setattr(other.image_processor, name, value)
-        with pytest.raises(UserError, match=rf"image processor's {name} is .* Qwen2.5-VL's"):
-            Prompter(other, model_config)
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("image_mean", [0.5, 0.5, 0.5], "image_mean is .* this model's"),
+        ("image_std", [0.5], "image_std is .* this model's"),
+        ("image_std", None, "image_std is None, this model's"),
+        ("rescale_factor", 1.0, "rescale_factor is 1.0, this model's"),
+        ("rescale_factor", None, "rescale_factor is None, this model's"),
+        ("patch_size", 16, "patch_size is 16, this model's 14"),
+        ("temporal_patch_size", 1, "temporal_patch_size is 1, this model's 2"),
+        ("merge_size", 1, "merge_size is 1, this model's 2"),
+        ("do_resize", False, "do_resize is False, this model's True"),
+        ("do_normalize", False, "do_normalize is False, this model's True"),
+        ("resample", None, "resample is None; expected the number of a filter"),
+        ("size", 448, "size is .*, without the areas shortest_edge and longest_edge"),
+        ("size", {"height": 448, "width": 448}, "size is .*, without the areas shortest_edge"),
+    ],
+)
+def test_a_processor_that_makes_other_patches(
+    model_config, processor_folder, tmp_path, name, value, message
+):
+    folder = shutil.copytree(processor_folder, tmp_path / "copy")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings = {k: v for k, v in settings.items() if "pixels" not in k} | {name: value}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    processor = load_processor(folder)
+    with pytest.raises(UserError, match=f"^the image processor's {message}"):
+        Prompter(processor, model_config)

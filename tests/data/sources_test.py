@@ -249,6 +249,8 @@ def test_builtin_errors(tmp_path):
         (row(images=None), "the prompt has 1 <image> but the row has 0 images"),
         (row(images=[{"bytes": png(), "path": None}] * 2), "1 <image> but the row has 2 images"),
         (row(images=[{"bytes": None, "path": None}]), "an image is null"),
+        (row(images=[{"bytes": None, "path": "a\0b"}]), "image file 'a\\x00b' cannot be read (emb"),
+        (row(images=[{"bytes": None, "path": "no.png"}]), "'no.png' cannot be read (No such file"),
         (row(images=[{"bytes": b"GIF?", "path": None}]), "image 0 (4 bytes) cannot be read"),
         (row(prompt=[]), "prompt is [], expected one or more chat turns"),
         (row(prompt=None), "prompt is None"),

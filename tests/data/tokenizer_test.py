@@ -127,6 +127,36 @@ def test_missing_and_broken_files(processor_folder, tmp_path, name):
         tokenizer.load_processor(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer_config.json", "[]"),
+        ("preprocessor_config.json", "[]"),
+        ("chat_template.json", "{}"),
+        ("chat_template.json", "[]"),
+        ("chat_template.json", '{"chat_template": [{"name": "default"}]}'),
+    ],
+)
+def test_files_of_another_form(processor_folder, tmp_path, name, text):
+    folder = shutil.copytree(processor_folder, tmp_path / "copy")
+    (folder / "chat_template.jinja").unlink()
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match="processor files cannot be read"):
+        tokenizer.load_processor(folder)
+
+
+def test_templates_with_names(processor, processor_folder, tmp_path):
+    folder = shutil.copytree(processor_folder, tmp_path / "copy")
+    text = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    named = [{"name": "tool_use", "template": "?"}, {"name": "default", "template": text}]
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": named}))
+    chat = [{"role": "user", "content": "Where?"}]
+    other = tokenizer.load_processor(folder)
+    assert other.apply_chat_template(chat) == processor.apply_chat_template(chat)
+
+
 def test_missing_template(processor_folder, tmp_path):
     folder = shutil.copytree(processor_folder, tmp_path / "copy")
     (folder / "chat_template.jinja").unlink()

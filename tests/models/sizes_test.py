@@ -145,12 +145,10 @@ def test_a_file_by_transformers_4_49():
     assert ModelConfig.from_hf(hf) == models.named("7B")
 
 
-TOP = {
-    *("model_type", "vision_config"),
-    *("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
-}
+TOKENS = {"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"}
+TOP = {"model_type", "vision_config", *TOKENS}
 SIZES = {"vocab_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-DISPENSABLE = HUB["7B"].keys() - TOP - SIZES - {"hidden_size", "rope_scaling"}
+DISPENSABLE = HUB["7B"].keys() - (TOP - TOKENS) - SIZES - {"hidden_size", "rope_scaling"}
 UNLIKE_DEFAULTS = {"rope_theta": 1e4, "bos_token_id": 1, "eos_token_id": [2, 3]}
 
 
@@ -177,6 +175,14 @@ def read_or_complaint(hf):
         return ModelConfig.from_hf(hf)
     except UserError as error:
         return str(error)
+
+
+@pytest.mark.parametrize(("layers", "kept"), [([1, 3, 31], (1,)), (None, ()), ([-1, 0], (0,))])
+def test_full_attention_layers_beyond_the_depth_are_none(layers, kept):
+    """As in transformers, where a shallow tower has the deep one's by default."""
+    vision = HUB["7B"]["vision_config"] | {"depth": 2, "fullatt_block_indexes": layers}
+    hf = HUB["7B"] | {"vision_config": {k: v for k, v in vision.items() if v is not None}}
+    assert ModelConfig.from_hf(hf).vision.full_attention == kept
 
 
 def test_rope_is_where_transformers_4_57_and_5_look(caplog):

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +53,30 @@ def test_left_over(broken):
 def test_mis_shaped(broken):
     with pytest.raises(UserError, match=r"'model.norm.weight' is of shape \(3,\) but .* \(32,\)"):
         models.load_pretrained(broken(model__norm__weight=np.zeros(3, np.float32)))
+
+
+@pytest.fixture
+def embedding(broken):
+    """Of the checkpoint, whose config.json ties the head to it but whose files have one."""
+    folder = broken()
+    hf = json.loads((folder / "config.json").read_text())
+    hf["tie_word_embeddings"] = hf["text_config"]["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(hf))
+    return load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("band", [files.BAND, 300])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_tied_head_is_the_embedding_or_an_error(broken, embedding, monkeypatch, band, dtype):
+    monkeypatch.setattr(files, "BAND", band)
+    head = embedding.astype(np.float16).astype(dtype)  # the same numbers in either type
+    rounded = {"model.embed_tokens.weight": head.astype(np.float32)}
+    models.load_pretrained(broken(lm_head__weight=head, **rounded))
+    other = head.copy()
+    other[-1, -1] += 1
+    for wrong in (other, head[:-1], head.astype(np.int8)):
+        with pytest.raises(UserError, match=r"'lm_head.weight' differs from 'model.embed_tok"):
+            models.load_pretrained(broken(lm_head__weight=wrong, **rounded))
 
 
 @pytest.mark.parametrize("key", ["visual.patch_embed.proj.weight", "model.embed_tokens.weight"])
@@ -190,6 +216,24 @@ def test_saving_over_a_checkpoint_leaves_no_stale_file(model, tmp_path):
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"tokenizer.json", "config.json", "model.safetensors"}
     models.load_pretrained(tmp_path)
+
+
+def test_a_kill_while_shards_take_the_place_of_one_file(saved, model, tmp_path, monkeypatch):
+    """What is read then is the old model: not its weights with the new config."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    text = replace(model.config.text, norm_eps=0.5)
+    other = models.init(replace(model.config, text=text), seed=1)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        models.save_pretrained(other, tmp_path, max_shard_bytes=20_000)
+    monkeypatch.undo()
+    found = models.load_pretrained(tmp_path)
+    assert found.config == models.load_pretrained(saved).config
+    np.testing.assert_array_equal(found.head(), model.head())
 
 
 def test_a_folder_that_cannot_be_written(model, tmp_path):

@@ -26,6 +26,13 @@ def test_one_row(talkative, images):
     assert_same_logits(talkative, talkative.inputs([images]))
 
 
+def test_none_is_like_absent(oracle):
+    inputs = oracle.inputs(BATCH[1:2])
+    nothing = dict.fromkeys(("pixel_values", "image_grid_thw", "second_per_grid_ts"))
+    found = models.forward(oracle.model, nothing | inputs)
+    np.testing.assert_array_equal(found, models.forward(oracle.model, inputs))
+
+
 def test_pixels_that_are_not_normalised(oracle):
     inputs = oracle.inputs(BATCH[:1])
     shape = inputs["pixel_values"].shape

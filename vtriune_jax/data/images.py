@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from vtriune_jax.data import resize
 from vtriune_jax.data.schema import BROKEN
 from vtriune_jax.errors import UserError
-from vtriune_jax.models.config import PIXEL_MEAN, PIXEL_STD
+from vtriune_jax.models.config import PIXEL_MEAN, PIXEL_STD, VisionConfig
 
 if TYPE_CHECKING:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -46,6 +46,9 @@ _TURNS = {
 _MAY_TURN = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
 """Chunks of a PNG that can hold an orientation: as EXIF, in XMP, or in ImageMagick's "Raw profile".
 They may follow the pixels, so that only decoding it all would tell."""
+
+WHITE_IS_ZERO = 0
+"""Of a TIFF's photometric interpretations."""
 
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -80,16 +83,26 @@ def patches(
     return np.concatenate([np.empty((0, width), np.uint8), *(part for part, _ in cut)]), grid
 
 
-def check_normalisation(processor: Any) -> None:
-    """Raises UserError if the settings would not normalise pixels as the vision tower does."""
-    wanted = {"image_mean": PIXEL_MEAN, "image_std": PIXEL_STD, "rescale_factor": 1 / 255}
+def check_settings(processor: Any, vision: VisionConfig) -> None:
+    """Raises UserError if the settings ask for other patches than the vision tower takes."""
+    wanted = {
+        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True),
+        **dict(image_mean=PIXEL_MEAN, image_std=PIXEL_STD, rescale_factor=1 / 255),
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.merge_size,
+    }
     for name, expected in wanted.items():
-        found = getattr(processor, name)
-        if np.shape(found) != np.shape(expected) or not np.allclose(found, expected, rtol=1e-5):
+        if not _alike(found := getattr(processor, name), expected):
             raise UserError(
-                f"the image processor's {name} is {found}, Qwen2.5-VL's {expected}; take the "
-                "preprocessor_config.json of a Qwen2.5-VL checkpoint"
+                f"the image processor's {name} is {found}, this model's {expected}; take the "
+                "preprocessor_config.json of the same checkpoint"
             )
+    if processor.resample not in list(Image.Resampling):
+        raise UserError(
+            f"the image processor's resample is {processor.resample}; expected the number of a "
+            f"filter of Pillow, such as {Image.Resampling.BICUBIC} (bicubic)"
+        )
 
 
 def decode(data: bytes, where: str) -> Image.Image:
@@ -139,6 +152,12 @@ def pixel_limits(
     """The least and the largest area, the checkpoint's where None; UserError if in wrong order."""
     low = min_pixels or processor.size["shortest_edge"]
     high = max_pixels or processor.size["longest_edge"]
+    if low is None or high is None:
+        raise UserError(
+            f"the image processor's size is {processor.size}, without the areas shortest_edge and "
+            "longest_edge; set data.min_pixels and data.max_pixels, or mend the checkpoint's "
+            "preprocessor_config.json"
+        )
     if low > high:
         raise UserError(
             f"data.min_pixels={low} exceeds data.max_pixels={high}; choose limits in order "
@@ -177,10 +196,29 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
+def _alike(found: Any, expected: Any) -> bool:
+    try:
+        return np.shape(found) == np.shape(expected) and np.allclose(found, expected, rtol=1e-5)
+    except (TypeError, ValueError):  # no numbers
+        return False
+
+
+def _grey_of_16_bits(image: Image.Image) -> Image.Image:
+    """8 bits of what Pillow would clip at 255; TIFF has scans of 12 bits, and negatives."""
+    values, bits = np.asarray(image), 16
+    see_through = image.info.get("transparency") == values
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        bits = image.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0]
+        if image.tag_v2[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] == WHITE_IS_ZERO:
+            values = 2**bits - 1 - values
+    values = np.where(see_through, 255, values >> bits - 8)
+    return Image.fromarray(values.astype(np.uint8))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    # Pillow would clip grey values at 255. Mode I holds 32 bits, of these formats 16.
+    # Mode I holds 32 bits, of these formats 16.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = _grey_of_16_bits(image)
     if image.mode in ("I", "F"):
         raise ValueError(
             f"grey of mode {image.mode} has no fixed range: save it with 8 or 16 bits per channel"

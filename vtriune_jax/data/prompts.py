@@ -115,7 +115,7 @@ class Prompter:
         self._windows = windows
         self._cot = cot
         self._seed = seed
-        images.check_normalisation(processor.image_processor)
+        images.check_settings(processor.image_processor, config.vision)
         low, high = images.pixel_limits(processor.image_processor, min_pixels, max_pixels)
         self._limits = {"min_pixels": low, "max_pixels": high}
         self.pad_id = self._id("<|endoftext|>")

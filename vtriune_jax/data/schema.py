@@ -213,9 +213,10 @@ def _image_bytes(cell: Any, where: str) -> bytes:
         raise UserError(f"{where}: an image is null; store its encoded bytes or drop the row")
     try:
         return Path(path).read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for what is no path at all
+        why = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"{where}: image file {path} cannot be read ({error.strerror}); "
+            f"{where}: image file {path!r} cannot be read ({why}); "
             "store the encoded bytes in the row"
         ) from error
 

@@ -165,7 +165,7 @@ def load_processor(path: str | os.PathLike[str]) -> Qwen2_5_VLProcessor:
         tokenizer = Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
         images = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
         template = _chat_template(folder) or tokenizer.chat_template
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder}: processor files cannot be read ({schema.reason(error)}); copy them again"
         ) from error
@@ -184,12 +184,13 @@ def _prompt_texts() -> Iterator[str]:
             yield from (f"\n\n{first} {second}" for second in pool.second)
 
 
-def _chat_template(folder: Path) -> str | None:
+def _chat_template(folder: Path) -> str | dict[str, str] | None:
     """The processor's own template file, which on the hub goes before the tokenizer's."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text()
     if (folder / "chat_template.json").is_file():
-        return json.loads((folder / "chat_template.json").read_text())["chat_template"]
+        found = json.loads((folder / "chat_template.json").read_text())["chat_template"]
+        return found if isinstance(found, str) else {one["name"]: one["template"] for one in found}
     return None
 
 

@@ -10,6 +10,7 @@ from vtriune_jax.errors import UserError
 from vtriune_jax.models.config_keys import (
     MODEL_TYPE,
     TEXT_DEFAULTS,
+    TOP_DEFAULTS,
     VISION_DEFAULTS,
     VISION_ROPE,
     sound,
@@ -174,7 +175,7 @@ class ModelConfig:
         feature that this model does not have.
         """
         hf = hf.to_dict() if hasattr(hf, "to_dict") else hf
-        top = sound("the model's config", hf, {"model_type": None})
+        top = sound("the model's config", hf, TOP_DEFAULTS)
         text = top if top.get("text_config") is None else top["text_config"]
         try:
             return cls(
@@ -258,7 +259,7 @@ def _vision_from_hf(found: Any) -> VisionConfig:
         mlp=hf["intermediate_size"],
         heads=hf["num_heads"],
         out=hf["out_hidden_size"],
-        full_attention=tuple(hf["fullatt_block_indexes"]),
+        full_attention=tuple(i for i in hf["fullatt_block_indexes"] if i in range(hf["depth"])),
         patch_size=hf["patch_size"],
         temporal_patch_size=hf["temporal_patch_size"],
         merge_size=hf["spatial_merge_size"],
@@ -309,8 +310,9 @@ def _check(config: ModelConfig) -> None:
         f"text heads {text.heads} do not divide the width {text.embed}": text.embed % text.heads,
         f"kv heads {text.kv_heads} do not divide the heads {text.heads}": text.heads
         % text.kv_heads,
-        f"mrope_section {text.mrope_section} must be three numbers adding up to half the head "
-        f"width, {text.head_dim // 2}": len(text.mrope_section) != 3
+        f"mrope_section {text.mrope_section} must be three numbers, none below 0, adding up to "
+        f"half the head width, {text.head_dim // 2}": len(text.mrope_section) != 3
+        or min(text.mrope_section) < 0
         or 2 * sum(text.mrope_section) != text.head_dim,
         f"vision heads {vision.heads} and width {vision.embed} must give a head width divisible "
         "by 4": vision.embed % vision.heads or vision.head_dim % 4,

@@ -11,6 +11,13 @@ MODEL_TYPE = "qwen2_5_vl"
 
 # What transformers takes for a key that a file lacks. Its 4.49 left out of `vision_config` what is
 # equal to these, and the hub's file of 32B is of that kind.
+TOP_DEFAULTS = {
+    "model_type": None,  # which it must not lack
+    "image_token_id": 151_655,
+    "video_token_id": 151_656,
+    "vision_start_token_id": 151_652,
+    "vision_end_token_id": 151_653,
+}
 VISION_DEFAULTS = {
     "depth": 32,
     "hidden_size": 3584,

@@ -39,10 +39,12 @@ def forward(model: Qwen2_5_VL, inputs: Mapping[str, Any]) -> Float[Array, "batch
 
     `inputs` holds `input_ids` and, where needed, `attention_mask` (padding on either side),
     `pixel_values` and `image_grid_thw`, `pixel_values_videos`, `video_grid_thw` and
-    `second_per_grid_ts`; logits in the padding mean nothing. Pixels may also be what `data.images`
-    returns. Raises UserError when image or video tokens do not match images or videos.
+    `second_per_grid_ts` (None is like absent); logits in the padding mean nothing. Pixels may also
+    be what `data.images` returns. Raises UserError when image or video tokens do not match images
+    or videos.
     """
     config = model.config
+    inputs = {name: value for name, value in inputs.items() if value is not None}
     ids = np.asarray(inputs["input_ids"], np.int32)
     mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids)), bool)
     media = {

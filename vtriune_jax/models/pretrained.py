@@ -102,9 +102,9 @@ def save_params(
 
     `fetch` is called with every path of the model once, so that the parameters need not all be in
     memory; two tensors of a file are on the host at a time. Adapters go into the matrices that they
-    adapt. Each file is replaced atomically,
-    config.json last; other files of the folder (tokenizer, processor) stay. Raises UserError when
-    the folder cannot be written.
+    adapt. Each file is replaced atomically, config.json last, when files of an earlier save in
+    other shards are gone; other files of the folder (tokenizer, processor) stay. Raises UserError
+    when the folder cannot be written.
     """
     check_param_dtype(param_dtype)
     folder = Path(path)
@@ -122,11 +122,13 @@ def save_params(
                 max_shard_bytes,
             )
             (new / "config.json").write_text(config_text(config, param_dtype))
-            for name in (*names, "config.json"):
+            for name in names:
                 os.replace(new / name, folder / name)
-        for file in [*folder.glob(weights.SHARDS), folder / weights.SINGLE, folder / weights.INDEX]:
-            if file.name not in names:
-                file.unlink(missing_ok=True)  # of an earlier save in other shards
+            ours = [*folder.glob(weights.SHARDS), folder / weights.SINGLE, folder / weights.INDEX]
+            for file in ours:
+                if file.name not in names:
+                    file.unlink(missing_ok=True)
+            os.replace(new / "config.json", folder / "config.json")
     except OSError as error:
         raise UserError(
             f"cannot write the checkpoint {folder} ({error.strerror}); free space or choose "

@@ -139,7 +139,7 @@ def reader(
     """The same for one parameter at a time: checks all, returns what reads the one of a path."""
     places = stored(folder)
     if "language/head/kernel" not in shapes:
-        places.pop("lm_head.weight", None)  # some tied checkpoints store the head all the same
+        _drop_head(places)
     wanted = entries(shapes)
     _check(folder, places, wanted, shapes)
     writers = functools.cache(_writers)  # of this reader: compiled, they take memory
@@ -156,6 +156,17 @@ def reader(
         return param
 
     return fetch
+
+
+def _drop_head(places: dict[str, files.Tensor]) -> None:
+    """Some tied checkpoints store the head all the same; UserError if it is another matrix."""
+    head, embedding = places.pop("lm_head.weight", None), places.get("model.embed_tokens.weight")
+    if head is None or embedding is None or files.equal(head, embedding):
+        return
+    raise UserError(
+        f"{head.file}: {head.key!r} differs from {embedding.key!r}, which config.json makes the "
+        "head too; set tie_word_embeddings to false there, or remove the tensor"
+    )
 
 
 def own_shape(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -199,7 +210,7 @@ def _check(
         if tensor.dtype not in files.DTYPES:
             raise UserError(
                 f"{tensor.file}: {tensor.key!r} is of dtype {tensor.dtype}; expected one of "
-                f"{', '.join(files.DTYPES)}: quantized weights must be turned back into floats"
+                f"{', '.join(files.DTYPES)}: quantized or wider weights must be turned into these"
             )
 
 
