@@ -142,7 +142,7 @@ def get_config() -> Any:
         epochs=1,  # times that the completions of a step are gone through …
         minibatches=1,  # … in so many updates each (V-Triune off-policy: 8, at lr 5e-7)
         lr=1e-6,
-        warmup_steps=7,
+        warmup_steps=7,  # of all updates: a step has epochs × minibatches of them
         weight_decay=0.01,
         betas=(0.9, 0.999),
         mu_dtype="float32",

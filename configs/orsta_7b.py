@@ -8,7 +8,8 @@ expect    not yet measured; the paper's Orsta-7B: MEGA-Bench Core 35.07 → 38.3
 
 Checkpoint and data are expected in `checkpoints/` and `data/`, as their pages on Hugging Face name
 them (Qwen/Qwen2.5-VL-7B-Instruct, One-RL-to-See-Them-All/Orsta-Data-47k). Off-policy as in the
-paper: --config.grpo.minibatches=8 --config.grpo.lr=5e-7 --config.batch.micro_batches=8.
+paper: --config.grpo.minibatches=8 --config.grpo.lr=5e-7 --config.grpo.warmup_steps=55 \
+  --config.batch.micro_batches=8
 """
 
 from typing import Any

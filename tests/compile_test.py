@@ -77,6 +77,7 @@ def test_the_file_has_the_numbers(eight):
     assert found["estimated_step_seconds"] == max(found["seconds"].values())
     assert "fits" in text
     assert "8 devices" in text
+    assert "stage        grpo; sft by itself: --config.stages=sft\n" in text
 
 
 def test_tower_and_sampler_are_compiled_on_demand(eight, tmp_path):

@@ -165,7 +165,8 @@ def test_addresses_that_would_do_nothing_are_a_mistake():
     [
         ({"dual_clip": 3.0, "loss": "cispo"}, "grpo.dual_clip=3.0 does nothing with grpo.loss="),
         ({"tis_cap": 2.0, "old": "rollout", "epochs": 2}, 'needs grpo.old="recomputed"'),
-        ({"epochs": 2, "top_p": 0.9}, "needs grpo.top_p=0.9 = 1"),
+        ({"refill": 1, "advantage": "reinforce++"}, "refill=1 must be 0 with grpo.advantage='rein"),
+        ({"epochs": 2, "top_p": 0.9}, "needs top_p=1 and top_k=0, not grpo.top_p=0.9"),
     ],
 )
 def test_parts_of_the_family_that_contradict_each_other(keys, expected):

@@ -1,7 +1,9 @@
 import pytest
+from jax.sharding import AbstractMesh
 
 from configs import base
-from vtriune_jax.stages import plan
+from vtriune_jax.errors import UserError
+from vtriune_jax.stages import check_rows, plan
 
 BANNED = (5, 6)
 
@@ -42,6 +44,33 @@ def test_each_stage_has_its_own_keys(config):
     config.grpo.betas, config.grpo.grad_clip = (0.8, 0.7), 9.0
     optim = plan(config, BANNED)[1].optim
     assert (optim.b1, optim.b2, optim.clip_norm) == (0.8, 0.7, 9.0)
+
+
+def test_completions_have_the_room_of_the_configs_slot_whatever_their_row_has(config):
+    config.batch.completion_tokens = 96
+    grpo = plan(config, BANNED)[1]
+    assert grpo.loss.room == grpo.sampling.max_tokens == 96
+
+
+@pytest.mark.parametrize(
+    ("prompts", "samples", "minibatches", "micro_batches", "near"),
+    [(24, 3, 1, 2, 32), (24, 4, 3, 2, 24), (10, 8, 1, 1, 16), (100, 6, 4, 3, 112)],
+)
+def test_prompts_that_divide_over_devices_are_named(
+    config, prompts, samples, minibatches, micro_batches, near
+):
+    config.grpo.update(prompts=prompts, samples=samples, minibatches=minibatches)
+    config.batch.micro_batches, config.stages = micro_batches, ("grpo",)
+    mesh = AbstractMesh((1, 8, 1), ("data", "fsdp", "tensor"))
+    if near != prompts:
+        with pytest.raises(UserError, match=rf"^grpo.prompts={prompts} is not .*, choose {near},"):
+            check_rows(config, mesh)
+    config.grpo.prompts = near
+    check_rows(config, mesh)
+    config.stages = ("sft", "grpo")
+    config.sft.prompts = 4
+    with pytest.raises(UserError, match=rf"^sft.prompts=4 is .* of {8 * micro_batches}, choose"):
+        check_rows(config, mesh)
 
 
 @pytest.mark.parametrize("key", ["minibatches", "epochs"])

@@ -15,9 +15,10 @@
 TPUs need the TPU compiler, not a TPU: pip install 'jax[tpu]', and GPUs that of CUDA, not a GPU: pip
 install 'jax[cuda13]'. They get the flags that training gives them (commands.py, or the variables
 LIBTPU_INIT_ARGS and XLA_FLAGS); a GPU is taken to give JAX 0.92 of its memory (the variable
-XLA_PYTHON_CLIENT_MEM_FRACTION). What is compiled is the very `update` of
-the last stage of the config, with the batch that the config describes; checkpoint and data need not
-be there. A step here is one call of it; grpo.minibatches of them make a step of training.
+XLA_PYTHON_CLIENT_MEM_FRACTION). What is compiled is the very `update` of the last stage of the
+config (another may need more: --config.stages=sft is compiled by itself), with the batch that the
+config describes; checkpoint and data need not be there. A step here is one call of it;
+grpo.minibatches of them make a step of training.
 
 What training holds beside the arguments of the update counts as memory, at most: the reference
 model and image features.
@@ -110,8 +111,11 @@ def text(found: Any) -> str:
     verdict = f"fits, {1 - total / limit:.0%} free" if found.fits else "does NOT fit"
     slices = f" × {found.num_slices} slices" if found.num_slices > 1 else ""
     mesh = " ".join(f"{axis}={size}" for axis, size in found.mesh.items())
+    *others, last = found.stages
+    other = f"; {others[0]} by itself: --config.stages={others[0]}" if others else ""
     lines = [
         f"{found.config} on {found.topology}{slices}: {found.devices} devices, {mesh}",
+        f"stage        {last}{other}",
         f"memory       {verdict}: {total:.2f} of {limit:.2f} GiB per device (arguments "
         f"{found.argument_bytes / 2**30:.2f}, temporaries {found.temp_bytes / 2**30:.2f}, held "
         f"beside them {found.held_bytes / 2**30:.2f})",

@@ -154,8 +154,8 @@ RELATIONS: tuple[tuple[Test, str, tuple[str, ...]], ...] = (
         lambda minibatches, epochs, top_p, top_k: (
             minibatches * epochs == 1 or (top_p == 1 and top_k == 0)
         ),
-        "{0} × {1} above 1 needs {2} = 1 and {3} = 0: the ratio is to the whole sampling "
-        "distribution",
+        "{0} × {1} above 1 needs top_p=1 and top_k=0, not {2} and {3}: the ratio is to the whole "
+        "sampling distribution",
         ("grpo.minibatches", "grpo.epochs", "grpo.top_p", "grpo.top_k"),
     ),
     (
@@ -167,13 +167,19 @@ RELATIONS: tuple[tuple[Test, str, tuple[str, ...]], ...] = (
     ),
     (
         lambda ahead, cap: not ahead or cap > 0,
-        "{0} trains on completions of an earlier policy: set {1} above 0, as 2.0",
+        "{0} trains on completions of an earlier policy: {1} must be above 0, as 2.0",
         ("rollout.ahead", "grpo.tis_cap"),
     ),
     (
         lambda ahead, refill: ahead <= 1 or not refill,
-        "{0} above 1 needs {1} = 0: how many prompts a step takes must be known before the next",
+        "{0} above 1 needs refill=0, not {1}: how many prompts a step takes must be known before "
+        "the next",
         ("rollout.ahead", "grpo.refill"),
+    ),
+    (
+        lambda refill, advantage: not refill or advantage != "reinforce++",
+        "{0} must be 0 with {1}, which learns from groups of equal scores too",
+        ("grpo.refill", "grpo.advantage"),
     ),
     (
         lambda engine, addresses: (engine == "sglang") == bool(addresses),
@@ -182,12 +188,12 @@ RELATIONS: tuple[tuple[Test, str, tuple[str, ...]], ...] = (
     ),
     (
         lambda extra, engine, refill: not extra or (engine == "sglang" and not refill),
-        '{0} needs "sglang", not {1}, and {2} = 0',
+        '{0} needs the engine "sglang" and refill=0, not {1} and {2}',
         ("rollout.over_sampling", "rollout.engine", "grpo.refill"),
     ),
     (
         lambda engine, top_p, top_k: engine == "local" or (top_p == 1 and top_k == 0),
-        "{0} needs {1} = 1 and {2} = 0: servers tell log-probs of what those leave",
+        "{0} needs top_p=1 and top_k=0, not {1} and {2}: servers tell log-probs of what they leave",
         ("rollout.engine", "grpo.top_p", "grpo.top_k"),
     ),
     (
@@ -229,7 +235,8 @@ RELATIONS: tuple[tuple[Test, str, tuple[str, ...]], ...] = (
 """What several keys must satisfy together; {0} is the first one with its value."""
 
 FREE = (
-    r"data\.(cache|threads)|model\.attention|(verifiers|mesh|checkpoint|log)\..*"
+    r"data\.(cache|threads)|model\.(attention|remat|unroll)|batch\.(layout|micro_batches)"
+    r"|(verifiers|mesh|checkpoint|log)\..*"
     r"|rollout\.(pieces|addresses|deadline_seconds|weights_folder\w*|probe_\w+)"
 )
 """Keys that a resumed run may change, beside the steps of its last stage: how long, on what and how

@@ -94,24 +94,21 @@ def check_rows(config: Any, mesh: Mesh) -> None:
     """UserError unless every step's prompts and rows divide over the devices."""
     shards, pieces = sharding.row_shards(mesh), config.batch.micro_batches
     grpo, processes = config.grpo, jax.process_count()
-    needs = {
-        "sft.prompts": (config.sft.prompts, shards * pieces),
-        "grpo.prompts": (grpo.prompts, math.lcm(shards, processes * grpo.minibatches)),
-        "grpo.prompts×samples÷minibatches": (
-            grpo.prompts * grpo.samples // grpo.minibatches,
-            shards * pieces,
-        ),
-    }
+    rows = grpo.minibatches * shards * pieces  # of which all completions are a multiple
+    prompts = math.lcm(shards, processes * grpo.minibatches, rows // math.gcd(rows, grpo.samples))
     wrong = [
-        f"{key}={rows} is not a multiple of {parts}, choose {-(-rows // parts) * parts}"
-        for key, (rows, parts) in needs.items()
-        if rows % parts and key.split(".")[0] in config.stages
+        f"{name}.prompts={given} is not a multiple of {unit}, choose {-(-given // unit) * unit}"
+        for name, given, unit in (
+            ("sft", config.sft.prompts, shards * pieces),
+            ("grpo", grpo.prompts, prompts),
+        )
+        if given % unit and name in config.stages
     ]
     if wrong:
         raise UserError(
             f"{'; '.join(wrong)}, or another mesh (now data×fsdp={shards}, "
             f"batch.micro_batches={pieces}, grpo.minibatches={grpo.minibatches}, "
-            f"processes={processes})"
+            f"grpo.samples={grpo.samples}, processes={processes})"
         )
 
 

@@ -130,6 +130,7 @@ def train(
                 if writer:
                     writer.write(stage.start + step, record | pushed, stage.name)
                     progress(stage.name, step + 1, stage.steps, record)
+                del got, batch  # image features, which would lie beside those of the next step
             if done < stage.steps:
                 save(stage.steps)
                 seconds = time.monotonic() - began

@@ -45,6 +45,14 @@ def test_minibatches_are_cut_from_the_whole_batch():
     assert four.held == 2 * features_of(one)
 
 
+def test_steps_ahead_have_features_where_they_are_sampled_here():
+    keys = {"batch_layout": "group", "rollout_ahead": 3, "grpo_tis_cap": 2.0}
+    program = held(**keys)
+    assert program.held == 4 * features_of(program)
+    fleet = held(**keys, rollout_engine="sglang", rollout_addresses=("http://127.0.0.1:1",))
+    assert fleet.held == features_of(fleet)
+
+
 @pytest.mark.parametrize(("rank", "copies"), [(0, 1), (2, 0)])
 def test_a_reference_is_a_copy_of_the_parameters_but_of_adapters(rank, copies):
     with_it = held(

@@ -56,3 +56,28 @@ def test_parameters_two_moments_and_a_reference_only_if_there_is_one(
     for stage, share in held:  # images and features are small beside it
         copies = 3 + (stage == "grpo" and kl > 0)
         assert copies <= share < copies + 0.5
+
+
+@pytest.mark.parametrize("layout", ["group", "packed"])
+def test_a_step_begins_without_the_features_of_the_one_before(
+    layout, warm, data, tmp_path, monkeypatch
+):
+    packed, collect, shapes, seen = train.packed, train.collect, set(), []
+
+    def remember(stage, got, *more):
+        shapes.add(got.features.shape[-2:])
+        return packed(stage, got, *more)
+
+    def look(*given):
+        gc.collect()
+        alive = [x for x in jax.live_arrays() if x.ndim > 2 and x.shape[-2:] in shapes]
+        seen.append(sum(not array.is_deleted() for array in alive))
+        return collect(*given)
+
+    monkeypatch.setattr(train, "packed", remember)
+    monkeypatch.setattr(train, "collect", look)
+    keys = {"model_path": warm / "final", "stages": "grpo", "eval_rows_per_source": 0, **data}
+    keys |= {"batch_layout": layout, "batch_windows": 5}  # with which no parameter has such a shape
+    assert main(arguments(tmp_path / "run", **keys)) == 0
+    assert shapes == {(20, 32)}
+    assert seen == [0, 0, 0]

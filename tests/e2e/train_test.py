@@ -43,6 +43,7 @@ def test_metrics_of_every_kind_and_source(run):
         assert not [name for name, value in line.items() if value is None]
         assert not [n for n, v in line.items() if n.startswith("verifier_") and v]
         assert line["grad_norm"] > 0
+        assert line["kl"] > 0  # to the policy before the first of the step's updates
         assert line["skipped_steps"] == 0
 
 

@@ -164,9 +164,16 @@ def test_the_statistics_of_the_rollout_ratio_are_raw():
     assert not [name for name in run(RECIPES["DAPO"]) if "_from_" in name]
 
 
-def test_far_apart_models_give_finite_numbers():
-    far = batch_of(reference_logps=LOGPS + 1e4, old_logps=ROLLOUT + 1e4)
-    config = dataclasses.replace(RECIPES["TIS"], kl="k3")
+@pytest.mark.parametrize("gap", [1e4, -1e4])
+@pytest.mark.parametrize("sign", [1, 0, -1])
+@pytest.mark.parametrize("name", ["TIS", "V-Triune's script", "GSPO", "GSPO, dual clip", "CISPO"])
+def test_far_apart_models_give_finite_numbers(name, sign, gap):
+    far = batch_of(
+        reference_logps=LOGPS + gap,
+        old_logps=ROLLOUT + gap,
+        advantages=sign * np.abs(ADVANTAGES),
+    )
+    config = dataclasses.replace(RECIPES[name], kl="k3")
     grad = jax.grad(lambda x: run(config, x, batch=far)["loss"][0].sum())(jnp.asarray(LOGPS))
     assert np.isfinite(grad).all()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(run(config, batch=far)))

@@ -32,6 +32,8 @@ class Estimate:
     """
 
     config: str
+    stages: tuple[str, ...]
+    """Of the config; the numbers are of the last one."""
     topology: str
     num_slices: int
     devices: int
@@ -87,6 +89,7 @@ def estimate(
     compiled, trouble = attempt(lowered)
     numbers: dict[str, Any] = {
         "config": name,
+        "stages": tuple(config.stages),
         "topology": topology.name,
         "num_slices": topology.slices,
         "devices": len(topology.devices),

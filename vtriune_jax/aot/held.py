@@ -13,12 +13,14 @@ from vtriune_jax.stages import Stage
 from vtriune_jax.types import Batch
 
 
-def held_bytes(stage: Stage, layout: str, reference: Any, batch: Batch, mesh: Mesh) -> int:
+def held_bytes(
+    stage: Stage, layout: str, ahead: int, reference: Any, batch: Batch, mesh: Mesh
+) -> int:
     """At most so many on each device; `batch` is the abstract one of one update.
 
     The parameters of the `reference` model, if there is one (else None); of a frozen vision tower
-    the features of all prompts, those of other minibatches, and of packed rows, which have a prompt
-    for each completion, more than the ones in `batch`.
+    the features of all prompts, of so many steps `ahead`, those of other minibatches, and of packed
+    rows, which have a prompt for each completion, more than the ones in `batch`.
     """
     held = param_bytes(reference, mesh)
     if batch.features is not None:
@@ -26,7 +28,7 @@ def held_bytes(stage: Stage, layout: str, reference: Any, batch: Batch, mesh: Me
         sequences = stage.prompts * max(1, stage.samples) // stage.minibatches
         inside = prod(batch.features.shape[:2])
         most = max(inside, sequences if layout in ("auto", "packed") else 0)
-        prompts = stage.prompts + most - inside
+        prompts = (1 + ahead) * stage.prompts + most - inside
         if stage.minibatches > 1:
             prompts += most * stage.minibatches
         held += prompts * of_prompt // sharding.row_shards(mesh)

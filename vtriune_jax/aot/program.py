@@ -78,8 +78,14 @@ def build(config: Any, mesh: Mesh) -> Program:
     logps = {"old_logps": stage.loss.old == "recomputed", "reference_logps": stage.loss.kl_weight}
     batch = replace(batch, **{name: batch.mask for name, needed in logps.items() if needed})
     reference = params if stage.loss.kl_weight and not model.lora else None
-    held = held_bytes(stage, config.batch.layout, reference, batch, mesh)
+    ahead = config.rollout.ahead if samples_here(config, stage) else 0
+    held = held_bytes(stage, config.batch.layout, ahead, reference, batch, mesh)
     return Program(update, state, batch, model, frozenset(weights.flatten(trained)), held)
+
+
+def samples_here(config: Any, stage: Stage) -> bool:
+    """Whether the trainer's devices draw completions, for which they encode images."""
+    return stage.sampling is not None and config.rollout.engine == "local"
 
 
 def model_config(config: Any) -> ModelConfig:

@@ -13,7 +13,13 @@ from jax.sharding import Mesh, NamedSharding
 from vtriune_jax import models, sharding
 from vtriune_jax.aot.compiling import attempt, memory_of, needed_bytes
 from vtriune_jax.aot.held import param_bytes
-from vtriune_jax.aot.program import PROMPT, Program, abstract_batch, abstract_images
+from vtriune_jax.aot.program import (
+    PROMPT,
+    Program,
+    abstract_batch,
+    abstract_images,
+    samples_here,
+)
 from vtriune_jax.rollout import local
 from vtriune_jax.stages import Stage, plan
 
@@ -22,11 +28,10 @@ def sampling_bytes(config: Any, program: Program, mesh: Mesh, limit: int) -> dic
     """Bytes on a device while the tower encodes a step's images, and while the sampler draws.
 
     The optimizer's state, which waits meanwhile, and the images' features are included; above
-    `limit` if it does not fit. Nothing where the last stage does not sample, or servers do.
+    `limit` if it does not fit. A tower runs apart from the update if it is frozen or the last stage
+    samples here.
     """
     stage = plan(config, program.model.banned_ids)[-1]
-    if not stage.sampling or config.rollout.engine != "local":
-        return {}
     params = param_bytes(program.state.params, mesh)
     waiting = param_bytes(program.state, mesh) - params
     found = {}
@@ -54,15 +59,19 @@ def _programs(
     vision = jax.tree.map(lambda x: rows(x, *x.shape), abstract_images(keys, model, prompts))
     features: Any = abstract_batch(keys, model, prompts, PROMPT, vision_frozen=True).features
     all_features = math.prod(features.shape) * features.dtype.itemsize // sharding.row_shards(mesh)
+    here = samples_here(config, stage)
+    earlier = (config.rollout.ahead + stage.refill) * all_features if here else 0
     groups = prompts // sharding.even_pieces(prompts, mesh, config.rollout.pieces)
     ids, tokens = jnp.zeros((), jnp.int32), keys.prompt_tokens
     padded = local.PaddedPrompts(
         *(rows(ids, groups, *shape) for shape in ((tokens,), (3, tokens), (tokens,), (tokens,)))
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        pieces = sharding.even_pieces(prompts, mesh, keys.micro_batches)
-        encode = models.encode.lower(graphdef, params, vision, pieces)
-        yield "vision tower", encode, 0
+        if here or program.batch.features is not None:
+            pieces = sharding.even_pieces(prompts, mesh, keys.micro_batches)
+            yield "vision tower", models.encode.lower(graphdef, params, vision, pieces), earlier
+        if not here:
+            return
         sample = local.sample.lower(
             graphdef,
             local.Ids(stop=(0, 1), banned=model.banned_ids, pad=0),
@@ -72,7 +81,7 @@ def _programs(
             rows(features, groups, *features.shape[2:]),
             rows(jax.random.key(0), groups),
         )
-        yield "sampler", sample, all_features
+        yield "sampler", sample, earlier + all_features
 
 
 def _at(x: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -10,6 +10,7 @@ Limits of TPU memory are what the compiler allows itself.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -36,16 +37,21 @@ class Chip:
     """None: the device is here, and is asked."""
     slice_rate: float = 0.0
     """Bytes/s between TPU slices, over the data-centre network; 0: not known."""
+    axes: int = 3
+    """Of the torus that a TPU's links make."""
+    most: int = 0
+    """Chips of the largest TPU pod."""
 
 
 TPUS = {
     # name: Chip(bfloat16 peak, HBM, all inter-chip links together in one direction, usable HBM,
-    # data-centre network: 50 Gb/s a chip of v5p, 100 of v6e and TPU7x, 2 × 100 for 8 chips of v5e)
-    "v4": Chip(275e12, 1200 * GB, 300 * GB, int(30.75 * GIB)),
-    "v5e": Chip(197e12, 819 * GB, 200 * GB, int(15.75 * GIB), 3.125 * GB),
-    "v5p": Chip(459e12, 2765 * GB, 600 * GB, int(95.74 * GIB), 6.25 * GB),
-    "v6e": Chip(918e12, 1638 * GB, 400 * GB, int(31.25 * GIB), 12.5 * GB),
-    "tpu7x": Chip(1153e12, 3690 * GB, 300 * GB, int(94.75 * GIB), 6.25 * GB),
+    # data-centre network: 50 Gb/s a chip of v5p, 100 of v6e and TPU7x, 2 × 100 for 8 chips of v5e,
+    # axes, chips of a pod)
+    "v4": Chip(275e12, 1200 * GB, 300 * GB, int(30.75 * GIB), 0.0, 3, 4096),
+    "v5e": Chip(197e12, 819 * GB, 200 * GB, int(15.75 * GIB), 3.125 * GB, 2, 256),
+    "v5p": Chip(459e12, 2765 * GB, 600 * GB, int(95.74 * GIB), 6.25 * GB, 3, 8960),
+    "v6e": Chip(918e12, 1638 * GB, 400 * GB, int(31.25 * GIB), 12.5 * GB, 2, 256),
+    "tpu7x": Chip(1153e12, 3690 * GB, 300 * GB, int(94.75 * GIB), 6.25 * GB, 3, 9216),
 }
 GPUS = {
     # part of the device's name: Chip(bfloat16 peak, HBM, NVLink in one direction)
@@ -90,7 +96,8 @@ def get(name: str, slices: int = 1) -> Topology:
     kind, _, shape = name.partition(":")
     if slices > 1 and not (kind in TPUS and TPUS[kind].slice_rate):
         raise UserError(f"--num_slices={slices} is for TPUs from v5e on, not for {name}")
-    if kind in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    if kind in TPUS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        _check_shape(name, TPUS[kind], [int(side) for side in shape.split("x")])
         return Topology(name, _tpus(name, slices), TPUS[kind], TPUS[kind].memory or 0, slices)
     if kind in gpus.TARGETS and (found := re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", shape)):
         chip = GPUS[kind.upper()]
@@ -105,13 +112,21 @@ def get(name: str, slices: int = 1) -> Topology:
     )
 
 
+def _check_shape(name: str, chip: Chip, sides: Sequence[int]) -> None:
+    if len(sides) != chip.axes or math.prod(sides) > chip.most:
+        raise UserError(
+            f"--topology={name} is no shape of these TPUs: they have {chip.axes} axes and at most "
+            f"{chip.most} chips, as in {name.partition(':')[0]}:{'x'.join('4' * chip.axes)}"
+        )
+
+
 def _tpus(name: str, slices: int) -> Sequence[Any]:
     more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if name.startswith("v4:"):
         more["chip_config_name"] = "megacore"  # a chip is one device, as on a machine that has it
     try:
         found = topologies.get_topology_desc(topology_name=name, platform="tpu", **more).devices
-    except jax.errors.JaxRuntimeError as error:
+    except RuntimeError as error:  # which JAX raises without libtpu, and XLA's errors are
         text = " ".join(str(error).split())
         raise UserError(
             f"--topology={name}: the TPU compiler says {text[:200]!r}; it comes by "

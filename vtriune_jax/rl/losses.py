@@ -16,6 +16,7 @@ from vtriune_jax.errors import UserError
 from vtriune_jax.rl.kl import Estimator, kl_penalty
 from vtriune_jax.rl.normalise import Normalisation, Sums, normalised, per_source
 from vtriune_jax.rl.ratios import (
+    LARGEST_LOG_RATIO,
     cispo_loss,
     clipped_loss,
     ratio_statistics,
@@ -79,7 +80,7 @@ def policy_gradient(
     """The loss of the GRPO family over a `Batch`, as sums; `config.normalise` says over what.
 
         l = w · surrogate(r, A) + kl_weight · KL − entropy_weight · H
-        r = exp(log p − log p_old)
+        r = exp(log p − log p_old)                         log r limited to ±20
         w = min(exp(log p_old − log p_rollout), tis_cap)   without gradient, if tis_cap is not 0
 
     The surrogate is `ratios.clipped_loss` of the token's ratio for "grpo" (with clip_high above
@@ -97,8 +98,9 @@ def policy_gradient(
         return per_source(values, mask, batch.source, num_sources)
 
     old = _old(logps, batch, config)
-    # The mask comes before the exponential: 0 · inf would be NaN, in the gradient too.
+    # Mask and bound come before the exponential: 0 · inf would be NaN, in the gradient too.
     log_ratio = jnp.where(mask > 0, logps - old, 0.0)
+    log_ratio = jnp.clip(log_ratio, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
     sums = _surrogate(logps, log_ratio, mask, batch.advantages, config)
     loss = sums.pop("loss")
     sums = {name: total(values) for name, values in sums.items()}

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 from vtriune_jax.rl.normalise import Sums, largest_per_source, per_source, row_means
 
 LARGEST_LOG_RATIO = 20.0
-"""Beyond it a ratio of two models says nothing more, and its exponential would overflow."""
+"""Beyond it a ratio of two models says nothing more; its exponential would overflow, and one token
+take a whole step with it."""
 
 RATIO_EDGES = (0.5, 0.8, 0.95, 1.05, 1.25, 2.0)
 """Between the bins of the histogram of rollout ratios."""
