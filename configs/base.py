@@ -171,7 +171,8 @@ def get_config() -> Any:
         # most this; 2.0 is usual where the sampler is another program. 0.0 is off.
         tis_cap=0.0,
         # Penalty on the distance from the model that the stage starts with (with LoRA: from the
-        # base), by the estimator "k1", "k2", "k3" or "mse", another name of k2. 0.0 is off.
+        # base), by the estimator "k1" (whose gradient is 0 on average), "k2", also called "mse", or
+        # "k3". 0.0 is off.
         kl_weight=0.0,
         kl="k3",
         entropy_weight=0.0,  # of the entropy, as a bonus

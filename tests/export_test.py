@@ -360,6 +360,19 @@ def test_a_checkpoint_of_another_model(copied, tmp_path):
         export(copied, tmp_path / "out")
 
 
+def test_a_checkpoint_of_a_model_with_more_parameters(run):
+    """Such as a head, where config.json has come to tie it."""
+    workdir, saved = run
+    shapes = {
+        p: s.shape for p, s in weights.flatten(models.abstract(saved["sft", 2].config)[1]).items()
+    }
+    del shapes["language/norm/scale"]
+    with pytest.raises(
+        UserError, match=r"language/norm/scale is float32\[128\] there and absent by"
+    ):
+        module.read_params(workdir / "checkpoints" / "sft", 2, shapes, lambda *_: None)
+
+
 def test_a_damaged_checkpoint(copied, tmp_path):
     state = copied / "checkpoints" / "grpo" / "2" / "state"
     shutil.rmtree(state / "d", ignore_errors=True)

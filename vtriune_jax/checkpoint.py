@@ -245,12 +245,18 @@ def read_params(
             ) from error
 
     saved = restore("extra", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())["layout"]
-    params = {name.removeprefix("params/"): kind for name, kind in saved.items()}
-    for path, shape in shapes.items():
-        if params.get(path) != f"float32{list(shape)}":
+    there = {
+        name.removeprefix("params/"): kind
+        for name, kind in saved.items()
+        if name.startswith("params/")
+    }
+    here = {path: f"float32{list(shape)}" for path, shape in shapes.items()}
+    for path in sorted(here.keys() | there.keys()):
+        kinds = [params.get(path, "absent") for params in (there, here)]
+        if kinds[0] != kinds[1]:
             raise UserError(
-                f"checkpoint {folder} is of another model: {path} is {params.get(path, 'absent')} "
-                f"there and float32{list(shape)} by config.json of the model the run started from"
+                f"checkpoint {folder} is of another model: {path} is {kinds[0]} there and "
+                f"{kinds[1]} by config.json of the model the run started from"
             )
 
     def read(path: str) -> jax.Array:
