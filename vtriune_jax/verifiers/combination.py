@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vtriune_jax.verifiers import known_verifiers, load
+from vtriune_jax.verifiers.result import checked
 
 _KEYS = {"name", "weight", "ground_truth", "params"}
 
@@ -43,7 +44,7 @@ def verify(
             raise ValueError(f"verifiers: weight={weight!r} of {name}; expected a number ≥ 0")
         truth = one.get("ground_truth", ground_truth)
         own = {**shared, **one.get("params", {})}
-        found = load(name).verify(completion, truth, own, progress)
+        found = checked(load(name).verify(completion, truth, own, progress))
         reported |= {f"{name}_{part}": value for part, value in found.items()}
         sums = {part: value + weight * found[part] for part, value in sums.items()}
         total += weight
