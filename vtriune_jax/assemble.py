@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from vtriune_jax.data.rows import Slots
 from vtriune_jax.data.sources import Source, load
 from vtriune_jax.data.tokenizer import load_processor
 from vtriune_jax.errors import UserError
+from vtriune_jax.failures import Failures
 from vtriune_jax.models import lora
 from vtriune_jax.models.config import ModelConfig
 from vtriune_jax.rollout.local import LocalEngine
@@ -38,7 +39,8 @@ from vtriune_jax.verifiers.request import check_health
 
 @dataclass(frozen=True)
 class Parts:
-    """What `train.run` works with; nothing here changes during a run but the verifiers' state."""
+    """What `train.run` works with; nothing here changes during a run but the verifiers' state, and
+    what was told of them."""
 
     config: Any
     mesh: Mesh
@@ -56,6 +58,7 @@ class Parts:
     """All data source names, sorted: the order of per-source sums."""
     engine: LocalEngine | ServedEngine
     verifiers: VerifierClient | InProcess
+    failures: Failures = field(default_factory=Failures)
 
     @property
     def served(self) -> ServedEngine | None:
