@@ -18,6 +18,10 @@ A verifier that is fast on many completions defines `verify_batch(tasks)` as wel
 four arguments of `verify` as a tuple: it returns the parts or an exception for each, and a worker
 calls it for a whole chunk at once.
 
+Two more are optional, and used at the start of a run (`checking`): `PARAMETERS`, the names of the
+parameters that it knows, and `check(ground_truth, params)`, which raises when no completion could
+be judged.
+
 Another package adds its own by an entry point of the group `vtriune_jax.verifiers`, whose value is
 the module: `same = "their_package.same"`.
 """
