@@ -52,10 +52,10 @@ class Failures:
             for verdict in judged:
                 if verdict.status == "ok":
                     continue
-                line, kind = _told(group.prompt.sample, verdict)
+                line, kind = _line(group.prompt.sample, verdict)
                 reason = reason or line
                 faults += verdict.status == "error" and not verdict.reason.startswith(UNANSWERED)
-                if kind not in self._told and len(new) < MOST:
+                if kind not in self._told and len(self._told) + len(new) < MOST:
                     new.setdefault(kind, line)
         everyone = hosts.gather([count, faults, reason, list(new.items())])
         for kind, line in (pair for *_, theirs in everyone for pair in theirs):
@@ -71,7 +71,7 @@ class Failures:
             )
 
 
-def _told(sample: Sample, verdict: Verdict) -> tuple[str, tuple[str, ...]]:
+def _line(sample: Sample, verdict: Verdict) -> tuple[str, tuple[str, ...]]:
     """The line that tells of a failure, and its kind."""
     reason = " ".join(verdict.reason.split())
     kind = (sample.data_source, verdict.status, _VARIES.sub("", reason))

@@ -122,14 +122,13 @@ def test_a_verifier_that_cannot_be_imported(fails, own, mode):
     assert "own_verifier.py: verifier 'own' cannot be imported (SyntaxError: expected ':'" in text
 
 
-def test_a_first_step_in_which_nothing_is_judged(fails, own):
+@pytest.mark.parametrize(("rows_before", "what"), [(0, "32 grpo"), (2, "2 held-out")])
+def test_a_start_at_which_nothing_is_judged(fails, own, rows_before, what):
     keys = own("def verify(completion, ground_truth, params, progress):\n    return params['no']\n")
-    text = fails(**keys)
-    row = r"verifier error in digits_math, row math-train-0-[01]: KeyError: 'no'"
-    assert re.search(
-        rf"none of 32 grpo completions could be judged, the first because: {row}; ", text
-    )
-    assert "correct reward_model of the rows, or the verifier" in text
+    ((file, _),) = keys["data_train"]
+    text = fails(**keys, data_heldout=(file,), eval_rows_per_source=rows_before)
+    assert f"none of {what} completions could be judged, the first because: verifier err" in text
+    assert re.search(r"in digits_math, row math-train-0-[01]: KeyError: 'no'; correct rew", text)
 
 
 def test_completions_longer_than_their_slot(fails, tmp_path):
