@@ -9,6 +9,7 @@ from vtriune_jax import sharding
 from vtriune_jax.data.rows import Slots
 from vtriune_jax.errors import UserError
 from vtriune_jax.evaluate import evaluate, items, read_means, save_means
+from vtriune_jax.failures import Failures
 from vtriune_jax.metrics import SourceMean
 from vtriune_jax.types import Completion, Group, Prompt, RewardConfig, Sample, Vision
 from vtriune_jax.verifiers.in_process import InProcess
@@ -64,6 +65,7 @@ def make_parts():
                 engine=Engine(),
                 served=None,
                 verifiers=verifiers,
+                failures=Failures(),
             )
 
         yield make
@@ -138,6 +140,20 @@ def test_only_bad_samples_are_an_error(make_parts):
     parts.prompter = Picky("0123456")
     with pytest.raises(UserError, match=r"no held-out row can be used, the first .*sample 0 is"):
         evaluate(parts, {}, 7)
+
+
+def test_a_first_evaluation_in_which_nothing_is_judged_is_an_error(make_parts, capsys):
+    parts = make_parts(batch=3)
+    reward = RewardConfig("mathverify", "four")
+    parts.heldout = [dataclasses.replace(s, reward=reward) for s in parts.heldout]
+    with pytest.raises(UserError, match="none of 7 held-out completions could be judged, the firs"):
+        evaluate(parts, {}, 0, first=True)
+    parts.failures = Failures()
+    capsys.readouterr()
+    assert evaluate(parts, {}, 7).means()["odd"] == SourceMean(None, 0, 3)
+    even, odd = capsys.readouterr().out.splitlines()
+    assert even.startswith("verifier error in even, row 0: ValueError: math-verify cannot read the")
+    assert odd.startswith("verifier error in odd, row 1: ")
 
 
 def test_items_come_group_by_group_with_sizes_in_pixels(make_parts):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from vtriune_jax.data.rows import Slots
 from vtriune_jax.data.sources import Source, load
 from vtriune_jax.data.tokenizer import load_processor
 from vtriune_jax.errors import UserError
+from vtriune_jax.failures import Failures
 from vtriune_jax.models import lora
 from vtriune_jax.models.config import ModelConfig
 from vtriune_jax.rollout.local import LocalEngine
@@ -30,6 +31,7 @@ from vtriune_jax.stages import check_rows
 from vtriune_jax.tiny import ensure_tiny
 from vtriune_jax.types import Prompt, Sample
 from vtriune_jax.verifiers import known_verifiers
+from vtriune_jax.verifiers.checking import Check, checking
 from vtriune_jax.verifiers.client import VerifierClient
 from vtriune_jax.verifiers.embedded import VerifierServer
 from vtriune_jax.verifiers.in_process import InProcess
@@ -38,7 +40,8 @@ from vtriune_jax.verifiers.request import check_health
 
 @dataclass(frozen=True)
 class Parts:
-    """What `train.run` works with; nothing here changes during a run but the verifiers' state."""
+    """What `train.run` works with; nothing here changes during a run but the verifiers' state, and
+    what was told of them."""
 
     config: Any
     mesh: Mesh
@@ -56,6 +59,7 @@ class Parts:
     """All data source names, sorted: the order of per-source sums."""
     engine: LocalEngine | ServedEngine
     verifiers: VerifierClient | InProcess
+    failures: Failures = field(default_factory=Failures)
 
     @property
     def served(self) -> ServedEngine | None:
@@ -97,9 +101,12 @@ def assemble(config: Any, workdir: Path) -> Iterator[Parts]:
     mesh = sharding.make_mesh(**config.mesh)
     _check_hosts(config, mesh)
     check_rows(config, mesh)
-    with hosts.together():
-        train = tuple((_load(config, name, "train"), float(w)) for name, w in config.data.train)
-        heldout = _heldout(config)
+    with hosts.together(), _checks(config) as checks:
+        judged = checks if "grpo" in config.stages else None
+        train = tuple(
+            (_load(config, name, "train", judged), float(w)) for name, w in config.data.train
+        )
+        heldout = _heldout(config, checks)
     hosts.check_same("data", _fingerprint(train, heldout))
     path = _checkpoint_path(config, workdir)
     adapters = lora.from_keys(config.model.lora)
@@ -185,21 +192,33 @@ def _check_hosts(config: Any, mesh: Mesh) -> None:
         )
 
 
-def _load(config: Any, name: str, split: Any) -> Source:
+@contextlib.contextmanager
+def _checks(config: Any) -> Iterator[Check | None]:
+    """What checks the rows for their verifiers; None where those are on a server of others, which
+    may have other ones."""
+    if config.verifiers.addresses:
+        yield None
+    else:
+        with checking() as check:
+            yield check
+
+
+def _load(config: Any, name: str, split: Any, check: Check | None) -> Source:
     source = load(
         name,
         split,
         cache=Path(config.data.cache).expanduser(),
         on_bad_row=config.data.on_bad_row,
         known_verifiers=known_verifiers(),
+        check=check,
     )
     if source.skipped and hosts.is_first():
         print(f"{name}: {source.skipped} bad rows skipped, the first: {source.first_fault}")
     return source
 
 
-def _heldout(config: Any) -> tuple[Sample, ...]:
-    sources = [_load(config, name, "heldout") for name in config.data.heldout]
+def _heldout(config: Any, check: Check | None) -> tuple[Sample, ...]:
+    sources = [_load(config, name, "heldout", check) for name in config.data.heldout]
     return tuple(sample for source in sources for sample in source[: config.eval.rows_per_source])
 
 

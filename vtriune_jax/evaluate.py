@@ -39,7 +39,7 @@ class HeldOut:
         return per_source_means(self.groups, self.verdicts)
 
 
-def evaluate(parts: Parts, params: Any, version: int) -> HeldOut:
+def evaluate(parts: Parts, params: Any, version: int, *, first: bool = False) -> HeldOut:
     """Completes and judges every held-out sample once, `config.eval.batch` at a time.
 
     `version`, the updates behind `params`, is their name on the servers of a fleet.
@@ -47,10 +47,11 @@ def evaluate(parts: Parts, params: Any, version: int) -> HeldOut:
     Boxes are judged at the fixed threshold `config.eval.iou_threshold`, not at the dynamic one of
     training, so that numbers before and after are of the same thing. Rows that are broken or do
     not fit are left out, and told of, if `config.data.on_bad_row` is "skip". Of several processes
-    each has its share of every batch.
+    each has its share of every batch. Why some could not be judged is told; `first`: before there
+    was any training.
 
     Raises:
-      UserError: a row cannot be used, or none of them.
+      UserError: a row cannot be used, or none of them, or none can be judged in the first one.
     """
     keys = parts.config.eval
     sampling = Sampling(n=1, temperature=keys.temperature, max_tokens=parts.slots.completion_tokens)
@@ -110,6 +111,7 @@ def evaluate(parts: Parts, params: Any, version: int) -> HeldOut:
     if faults and not any(hosts.gather(len(groups))):
         raise UserError(f"no held-out row can be used, the first because: {faults[0]}")
     verdicts = [[verdict] for future in pending for verdict in future.result()]
+    parts.failures.tell(groups, verdicts, "held-out", first=first)
     return HeldOut(groups, verdicts, numbers)
 
 

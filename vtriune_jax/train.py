@@ -110,6 +110,9 @@ def train(
                     save(step)
                 got, clock = rollouts.take(step, state.params)
                 tell(got.skipped, f"{stage.name} step {step + 1}")
+                if stage.sampling:
+                    judged = got.all_groups, got.all_verdicts
+                    parts.failures.tell(*judged, stage.name, first=step == done)
                 with clock("update"):
                     batch, told = packed(stage, got, do, state.params, parts)
                     state, sums = do.update(state, batch, step)
@@ -165,7 +168,7 @@ def heldout_before(parts: Parts, params: Any, version: int, workdir: Path) -> di
     path = workdir / "heldout_before.json"
     means = read_means(path)
     if means is None:
-        means = evaluate(parts, params, version).means()
+        means = evaluate(parts, params, version, first=True).means()
         if hosts.is_first():
             save_means(path, means)
     return means

@@ -7,6 +7,8 @@ import pytest
 from tests.data.conftest import png
 from vtriune_jax.data import recipes, sources
 from vtriune_jax.errors import UserError
+from vtriune_jax.verifiers import known_verifiers
+from vtriune_jax.verifiers.checking import faults
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 VOC = """<annotation><size><width>200</width><height>100</height><depth>3</depth></size>{}
@@ -33,7 +35,7 @@ def voc_folder(folder, *pictures):
 
 
 def load(folder, split):
-    return list(sources.load(str(folder), split, known_verifiers={"mathverify", "detection"}))
+    return list(sources.load(str(folder), split, known_verifiers=known_verifiers(), check=faults))
 
 
 def test_voc_boxes_become_rows(tmp_path):

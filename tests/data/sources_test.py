@@ -280,6 +280,37 @@ def test_bad_rows_are_named_or_skipped(tmp_path, bad, message):
     assert (source.skipped, source.first_fault) == (1, text)
 
 
+def test_rows_are_checked_for_their_verifiers(tmp_path):
+    asked = []
+
+    def check(rows):
+        asked.extend(rows)
+        return [f"{name} cannot judge {truth}" if truth == "7" else "" for name, truth, _ in rows]
+
+    bad = row(reward_model__ground_truth="7", data_source="sevens")
+    path = write_plain(tmp_path / "a.parquet", row(), row(images=[]), bad, row())
+    source = sources.load(path, "train", on_bad_row="skip", check=check)
+    assert [s.id for s in source] == ["a:0", "a:3"]
+    assert source.skipped == 2
+    assert "sevens" not in source.data_sources
+    name, truth = row()["reward_model"]["verifier"], row()["reward_model"]["ground_truth"]
+    assert asked == [(name, truth, {}), (name, "7", {}), (name, truth, {})]
+    path = write_plain(tmp_path / "b.parquet", row(), bad)
+    text = error_of(path, check=check)
+    words = f"{name} cannot judge 7; correct reward_model or drop the row"
+    assert text == f"{path} row 1: {words}"
+
+
+def test_a_verifier_at_fault_is_no_fault_of_rows(tmp_path):
+    def check(rows):
+        raise UserError("own.py: verifier 'own' cannot be imported")
+
+    path = write_plain(tmp_path / "a.parquet", row())
+    assert error_of(path, check=check, on_bad_row="skip").startswith(
+        "own.py: verifier 'own' cannot"
+    )
+
+
 def test_a_picture_that_pillow_takes_amiss(tmp_path):
     """A damaged AVIF is a RuntimeError of Pillow's."""
     Image.init()

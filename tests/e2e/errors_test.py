@@ -17,6 +17,7 @@ from vtriune_jax.data import digits
 from vtriune_jax.data.schema import arrow_schema, to_row
 from vtriune_jax.errors import UserError
 from vtriune_jax.main import main
+from vtriune_jax.verifiers import known_verifiers
 from vtriune_jax.writers import MetricsWriter
 
 
@@ -68,6 +69,66 @@ def test_an_unknown_verifier(fails, tmp_path):
     reward = rows()[1]["reward_model"] | {"verifier": "mathverfy"}
     text = fails(**file_of(tmp_path, rows(reward_model=reward)))
     assert "mine.parquet row 1: unknown verifier 'mathverfy'; did you mean 'mathverify'?" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ground_truth": "seven"}, "math-verify cannot read the ground truth 'seven'; write it"),
+        ({"verifier": "detection"}, "verifier detection: the ground truth holds no box: "),
+        (
+            {"verifier": "counting", "verifier_parm": {"json": '{"tolerence": 1}'}},
+            "verifier counting: unknown parameter 'tolerence'; did you mean 'tolerance'?",
+        ),
+    ],
+)
+def test_a_row_that_its_verifier_could_never_judge(fails, tmp_path, changes, said):
+    reward = rows()[1]["reward_model"] | changes
+    text = fails(**file_of(tmp_path, rows(reward_model=reward)))
+    assert "mine.parquet row 1: verifier " in text
+    assert said in text
+    assert text.endswith("; correct reward_model or drop the row\n")
+    shutil.rmtree(tmp_path / "run")
+    keys = file_of(tmp_path, rows(reward_model=reward)[1:])
+    text = fails(data_on_bad_row="skip", **keys)
+    assert "mine.parquet: no usable rows (1 skipped): " in text
+    assert said in text
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Makes the training rows ask for a verifier of the user's, of that source."""
+    info = tmp_path / "site" / "own-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[vtriune_jax.verifiers]\nown = own_verifier")
+    monkeypatch.syspath_prepend(info.parent)
+    monkeypatch.setenv("PYTHONPATH", str(info.parent))
+    known_verifiers.cache_clear()
+
+    def add(source):
+        (info.parent / "own_verifier.py").write_text(source)
+        own = {"reward_model": rows()[1]["reward_model"] | {"verifier": "own"}}
+        return file_of(tmp_path, [each | own for each in rows()])
+
+    yield add
+    known_verifiers.cache_clear()
+
+
+@pytest.mark.parametrize("mode", ["in_process", "server"])
+def test_a_verifier_that_cannot_be_imported(fails, own, mode):
+    keys = own("def verify(completion, ground_truth, params, progress)\n    return {}\n")
+    text = fails(verifiers_mode=mode, data_on_bad_row="skip", **keys)
+    assert "own_verifier.py: verifier 'own' cannot be imported (SyntaxError: expected ':'" in text
+
+
+@pytest.mark.parametrize(("rows_before", "what"), [(0, "32 grpo"), (2, "2 held-out")])
+def test_a_start_at_which_nothing_is_judged(fails, own, rows_before, what):
+    keys = own("def verify(completion, ground_truth, params, progress):\n    return params['no']\n")
+    ((file, _),) = keys["data_train"]
+    text = fails(**keys, data_heldout=(file,), eval_rows_per_source=rows_before)
+    assert f"none of {what} completions could be judged, the first because: verifier err" in text
+    assert re.search(r"in digits_math, row math-train-0-[01]: KeyError: 'no'; correct rew", text)
 
 
 def test_completions_longer_than_their_slot(fails, tmp_path):

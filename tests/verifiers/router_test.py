@@ -39,6 +39,10 @@ def third_party(tmp_path, monkeypatch):
     (tmp_path / "nan.py").write_text(
         "def verify(*_):\n    return {'accuracy': float('nan'), 'format': 0}\n"
     )
+    (tmp_path / "five.py").write_text(
+        "def verify(completion, ground_truth, params, progress):\n"
+        "    return {'accuracy': 1, 'format': 1} | params['found']\n"
+    )
     (tmp_path / "longest.py").write_text(
         "def verify(*task):\n"
         "    return verify_batch([task])[0]\n"
@@ -49,7 +53,7 @@ def third_party(tmp_path, monkeypatch):
     info = tmp_path / "theirs-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
-    names = ("theirs", "broken", "nan", "longest")
+    names = ("theirs", "broken", "nan", "five", "longest")
     lines = [f"{name} = {name}" for name in names] + ["exact = theirs"]
     (info / "entry_points.txt").write_text("\n".join(["[vtriune_jax.verifiers]", *lines]))
     monkeypatch.syspath_prepend(tmp_path)
@@ -73,6 +77,24 @@ def test_a_package_adds_verifiers_by_entry_points(third_party, boxes_item):
     assert "nothing_like_it" in broken.reason
     assert "accuracy is not a finite number" in nan.reason
     assert exact.parts["accuracy"] == 1  # ours, not theirs
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ({"accuracy": 5.0}, "ValueError: the verifier's accuracy is 5, expected 0…1"),
+        ({"accuracy": -0.1}, "ValueError: the verifier's accuracy is -0.1, expected 0…1"),
+        ({"format": 2}, "ValueError: the verifier's format is 2, expected 0…1"),
+        ({"format": float("inf")}, "ValueError: the verifier's format is not a finite number"),
+        ({"accuracy": 1.0 + 1e-9, "boxes": 7}, ""),
+    ],
+)
+def test_rewards_out_of_range_are_errors(third_party, found, reason):
+    [alone] = third_party.score([Item("", RewardConfig("five", "1", params={"found": found}))])
+    listed = {"verifiers": [{"name": "five", "params": {"found": found}, "weight": 0.1}]}
+    [among] = third_party.score([Item("", RewardConfig("combination", "1", params=listed))])
+    assert alone.reason == among.reason == reason
+    assert alone.status == among.status == ("error" if reason else "ok")
 
 
 def test_a_verifier_may_judge_batches(third_party):

@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -28,6 +28,10 @@ from vtriune_jax.types import Sample
 
 Split = Literal["train", "heldout"]
 OnBadRow = Literal["error", "skip"]
+Asked = tuple[str, str, Mapping[str, Any]]
+"""What a row asks: verifier, ground truth and parameters."""
+Check = Callable[[Sequence[Asked]], Sequence[str]]
+"""What is wrong with each, "" where nothing is."""
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FOLDER: dict[Split, str] = {"train": "train", "heldout": "test"}
@@ -37,9 +41,10 @@ _PARQUET: dict[str, Any] = {"row_group_size": 1024, "write_page_checksum": True}
 class Source(Sequence[Sample]):
     """The usable rows of some tables, as a sequence of `Sample`.
 
-    Every row is checked at construction (of an image only the header is read). With `on_bad_row`
-    "skip" the faulty ones are left out; `skipped` counts them and `first_fault` tells of one.
-    `data_sources` are the values of that column, sorted.
+    Every row is checked at construction (of an image only the header is read), and then what it
+    gives its verifier by `check`. With `on_bad_row` "skip" the faulty ones are left out; `skipped`
+    counts them and `first_fault` tells of one. `data_sources` are the values of that column,
+    sorted.
     """
 
     def __init__(
@@ -49,29 +54,46 @@ class Source(Sequence[Sample]):
         *,
         on_bad_row: OnBadRow = "error",
         known_verifiers: Collection[str] | None = None,
+        check: Check | None = None,
     ):
         self.name = name
         self.skipped = 0
         self.first_fault = ""
+        self._on_bad_row = on_bad_row
         self._tables = list(tables)
         self._rows: list[tuple[int, int]] = []
         found: set[str] = set()
         for part, (where, table) in enumerate(self._tables):
             schema.check_columns(table.schema, where)
+            sources: dict[int, str] = {}
+            asked: dict[int, Asked] = {}
             for row in range(table.num_rows):
                 try:
-                    found.add(self._sample(part, row, known_verifiers).data_source)
+                    sample = self._sample(part, row, known_verifiers)
                 except UserError as fault:
-                    if on_bad_row == "error":
-                        raise
-                    self.skipped += 1
-                    self.first_fault = self.first_fault or str(fault)
+                    self._pass_over(fault)
+                    continue
+                reward = sample.reward
+                sources[row] = sample.data_source
+                asked[row] = reward.verifier, reward.ground_truth, reward.params
+            faults = check(list(asked.values())) if check else [""] * len(asked)
+            for row, fault in zip(asked, faults, strict=True):
+                if fault:
+                    remedy = "correct reward_model or drop the row"
+                    self._pass_over(UserError(f"{where} row {row}: {fault}; {remedy}"))
                 else:
                     self._rows.append((part, row))
+                    found.add(sources[row])
         self.data_sources = tuple(sorted(found))
         if not self._rows:
             fault = f": {self.first_fault}" if self.skipped else "; give a file that has rows"
             raise UserError(f"{name}: no usable rows ({self.skipped} skipped){fault}")
+
+    def _pass_over(self, fault: UserError) -> None:
+        if self._on_bad_row == "error":
+            raise fault
+        self.skipped += 1
+        self.first_fault = self.first_fault or str(fault)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -102,6 +124,7 @@ def load(
     cache: str | os.PathLike[str] | None = None,
     on_bad_row: OnBadRow = "error",
     known_verifiers: Collection[str] | None = None,
+    check: Check | None = None,
     train_rows: int = 2000,
     heldout_rows: int = 200,
     seed: int = 0,
@@ -109,7 +132,8 @@ def load(
     """Read `source`; a built-in one needs the folder `cache`, and is made of `*_rows` and `seed`.
 
     A file or a glob is taken as it is, whatever the split. Row numbers in errors count from 0 in
-    their file. Raises `UserError` when nothing, or something faulty, is found.
+    their file; `check` is as for `Source`. Raises `UserError` when nothing, or something faulty, is
+    found.
     """
     path = Path(source).expanduser()
     if source.startswith("digits/") and not path.exists():
@@ -128,7 +152,9 @@ def load(
             f"data source {source!r} does not exist; give a parquet file, a folder, a glob, "
             "a name on the hub (owner/name) or digits/<task>"
         )
-    return Source(source, tables, on_bad_row=on_bad_row, known_verifiers=known_verifiers)
+    return Source(
+        source, tables, on_bad_row=on_bad_row, known_verifiers=known_verifiers, check=check
+    )
 
 
 def write_parquet(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:

@@ -9,13 +9,18 @@ A verifier judges a completion by a function `verify`:
         return {"accuracy": float(answer == ground_truth), "format": float(answer is not None)}
 
 `params` are the row's `verifier_parm`, to which the router adds `grid`, the (height, width) of each
-processed image. `verify` returns the parts of the reward, `accuracy` and `format` among them, and
-raises when it cannot judge (the completion is then masked, not scored 0). It runs under a time
-limit in a worker process without JAX, so it may be slow, leak or hang.
+processed image. `verify` returns the parts of the reward as finite numbers, `accuracy` and `format`
+of 0…1 among them, and raises when it cannot judge. The completion is then masked, not scored 0, and
+so it is when it returns anything else. It runs under a time limit in a worker process without JAX,
+so it may be slow, leak or hang.
 
 A verifier that is fast on many completions defines `verify_batch(tasks)` as well, a task being the
 four arguments of `verify` as a tuple: it returns the parts or an exception for each, and a worker
 calls it for a whole chunk at once.
+
+Two more are optional, and used at the start of a run (`checking`): `PARAMETERS`, the names of the
+parameters that it knows, and `check(ground_truth, params)`, which raises when no completion could
+be judged.
 
 Another package adds its own by an entry point of the group `vtriune_jax.verifiers`, whose value is
 the module: `same = "their_package.same"`.

@@ -85,6 +85,14 @@ def numbers_in(text: str) -> list[float]:
     return [value for match in found if (value := number(match[0])) is not None]
 
 
+def tolerance(params: Mapping[str, Any], default: float) -> float:
+    """The row's `tolerance`; ValueError unless it is a number ≥ 0."""
+    value = params.get("tolerance", default)
+    if not (isinstance(value, int | float) and value >= 0):
+        raise ValueError(f"tolerance={value!r}, expected a number ≥ 0")
+    return value
+
+
 def parts(answer: str | None, accuracy: float) -> dict[str, float]:
     """Parts of a reward whose format is that the completion marks an answer at all."""
     return {"accuracy": float(accuracy), "format": float(answer is not None)}

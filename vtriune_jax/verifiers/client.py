@@ -31,6 +31,8 @@ BATCH = 128
 """Items in one request."""
 DEADLINE = 300.0
 """Seconds from the submission of an item to its verdict, whatever happens."""
+UNANSWERED = "no verdict"
+"""How the reason begins when no server answered in time, whatever the completion was."""
 _BATCH_CHARACTERS = 2**22
 """Text in one request; JSON may need six bytes for a character."""
 _IN_FLIGHT = 16
@@ -163,7 +165,7 @@ class VerifierClient:
                         reason = f"{type(error).__name__} {error}".strip()
                     await asyncio.sleep(self._backoff * random.uniform(0.5, 1.5))
         except TimeoutError:
-            said = f"no verdict after {self._deadline:g} s and {attempts} attempts"
+            said = f"{UNANSWERED} after {self._deadline:g} s and {attempts} attempts"
             status = "error" if reason else "timeout"
             said = f"{said}; last {reason}" if reason else said
             verdicts = [Verdict(status, reason=said)] * len(questions)

@@ -12,7 +12,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vtriune_jax.verifiers.answers import final_answer, number, numbers_in, parts, true_answers
+from vtriune_jax.verifiers.answers import (
+    final_answer,
+    number,
+    numbers_in,
+    parts,
+    tolerance,
+    true_answers,
+)
+
+PARAMETERS = ("tolerance",)
+
+
+def check(ground_truth: str, params: Mapping[str, Any]) -> None:
+    """What `verify` would raise for every completion."""
+    verify(f"<answer>{ground_truth}</answer>", ground_truth, params, 1.0)
 
 
 def verify(
@@ -23,9 +37,10 @@ def verify(
     truth = number(text)
     if truth is None:
         raise ValueError(f"the ground truth {text!r} is not a number")
+    most = tolerance(params, 0.0)
     answer = final_answer(completion)
     found = numbers_in(answer or "")
     if not found:
         return parts(answer, 0.0)
     error = abs(found[-1] - truth)
-    return parts(answer, error <= params.get("tolerance", 0.0)) | {"error": error}
+    return parts(answer, error <= most) | {"error": error}

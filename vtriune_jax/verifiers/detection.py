@@ -78,6 +78,14 @@ class Case(NamedTuple):
     """Of the predictions' x and y."""
 
 
+PARAMETERS = ("det_reward_ratio", "det_verifier_normalized", "iou_threshold")
+
+
+def check(ground_truth: str, params: Mapping[str, Any]) -> None:
+    """What `verify` would raise for every completion."""
+    _prepare("", ground_truth, params, 1.0)
+
+
 def verify(
     completion: str, ground_truth: str, params: Mapping[str, Any], progress: float
 ) -> dict[str, float]:

@@ -17,6 +17,13 @@ import numpy as np
 
 from vtriune_jax.verifiers.answers import best, final_answer, true_answers
 
+PARAMETERS = ("accepted", "threshold")
+
+
+def check(ground_truth: str, params: Mapping[str, Any]) -> None:
+    """What `verify` would raise for every completion."""
+    verify("", ground_truth, params, 1.0)  # to compare long texts takes long
+
 
 def verify(
     completion: str, ground_truth: str, params: Mapping[str, Any], progress: float

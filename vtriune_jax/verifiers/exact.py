@@ -14,6 +14,13 @@ from typing import Any
 
 from vtriune_jax.verifiers.answers import best, final_answer, normalized, true_answers
 
+PARAMETERS = ("accepted", "case_sensitive")
+
+
+def check(ground_truth: str, params: Mapping[str, Any]) -> None:
+    """What `verify` would raise for every completion."""
+    verify(f"<answer>{ground_truth}</answer>", ground_truth, params, 1.0)
+
 
 def verify(
     completion: str, ground_truth: str, params: Mapping[str, Any], progress: float

@@ -35,6 +35,14 @@ _NUMBER = re.compile(r"[-+]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][-+]?[0-9]
 _BARE = re.compile(r"[\s\[\](),.0-9eE+-]*")
 
 
+PARAMETERS = ("det_verifier_normalized", "iou_threshold", "point")
+
+
+def check(ground_truth: str, params: Mapping[str, Any]) -> None:
+    """What `verify` would raise for every completion."""
+    verify(f"<answer>{ground_truth}</answer>", ground_truth, params, 1.0)
+
+
 def verify(
     completion: str, ground_truth: str, params: Mapping[str, Any], progress: float
 ) -> dict[str, float]:

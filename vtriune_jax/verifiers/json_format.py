@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from jsonschema import Draft202012Validator
@@ -24,17 +25,19 @@ _LONGEST = 2**18
 _DEEPEST = 100
 
 
+PARAMETERS = ("schema",)
+
+
+def check(ground_truth: str, params: Mapping[str, Any]) -> None:
+    """What `verify` would raise for every completion."""
+    _expected(ground_truth, params)
+
+
 def verify(
     completion: str, ground_truth: str, params: Mapping[str, Any], progress: float
 ) -> dict[str, float]:
     """Accuracy and format of one completion; ValueError for a truth or schema at fault."""
-    schema = params.get("schema", {})
-    try:
-        schema = json.loads(schema) if isinstance(schema, str) else schema
-        Draft202012Validator.check_schema(schema)
-        truth = Counter(_leaves(json.loads(ground_truth))) if ground_truth.strip() else None
-    except (ValueError, OverflowError, SchemaError, RecursionError) as error:
-        raise ValueError(f"ground truth or schema at fault: {error}") from error
+    schema, truth = _expected(ground_truth, params)
     answer = last_answer(completion)
     text = unfenced((completion if answer is None else answer).strip())
     try:
@@ -47,6 +50,25 @@ def verify(
         return {"accuracy": float(valid), "format": float(valid)}
     same = (truth & given).total()
     return {"accuracy": 2 * same / max(truth.total() + given.total(), 1), "format": 1.0}
+
+
+def _expected(
+    ground_truth: str, params: Mapping[str, Any]
+) -> tuple[Any, Counter[tuple[Any, ...]] | None]:
+    """The schema, and the leaves of the truth if there is one."""
+    schema = params.get("schema", {})
+    try:
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        _check_schema(json.dumps(schema))
+        truth = Counter(_leaves(json.loads(ground_truth))) if ground_truth.strip() else None
+    except (ValueError, OverflowError, SchemaError, RecursionError) as error:
+        raise ValueError(f"ground truth or schema at fault: {error}") from error
+    return schema, truth
+
+
+@lru_cache(256)  # it takes milliseconds, and many rows have the same
+def _check_schema(text: str) -> None:
+    Draft202012Validator.check_schema(json.loads(text))
 
 
 def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

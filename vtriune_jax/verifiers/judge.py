@@ -23,6 +23,7 @@ from vtriune_jax.rewards.shaping import combine
 from vtriune_jax.verifiers import compat as original
 from vtriune_jax.verifiers import known_verifiers, load
 from vtriune_jax.verifiers.item import with_defaults
+from vtriune_jax.verifiers.result import checked
 from vtriune_jax.verifiers.wire import named, nothing
 from vtriune_jax.verifiers.worker import describe, guarded
 
@@ -88,7 +89,8 @@ def _judge(request: Mapping[str, Any], iou_threshold: str | float) -> dict[str, 
     grid = [(height, width) for _, height, width in params.get("image_grid_thw") or ()]
     progress = (params.get("step") or 0) / (params.get("total_steps") or 1)
     params = with_defaults(params, {"iou_threshold": iou_threshold}) | {"grid": grid}
-    parts = load(name).verify(request["response"], request["solution"], params, progress)
+    asked = request["response"], request["solution"], params, progress
+    parts = checked(load(name).verify(*asked))
     ratios = request["accuracy_ratio"], request["format_ratio"]
     if not (sum(ratios) > 0 and min(ratios) >= 0 and math.isfinite(sum(ratios))):
         raise ValueError(f"accuracy_ratio, format_ratio = {ratios}; expected ≥ 0 and not both 0")

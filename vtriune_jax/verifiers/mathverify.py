@@ -13,6 +13,7 @@ process that runs this is killed at its time limit instead.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -38,7 +39,19 @@ _PREDICTION = (
 _LAST_BOX = replace(_PREDICTION[0].normalization_config, boxed="last")
 _TAGS = ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>")
 
+_READABLE = re.compile(r"[\d\\$]")
+"""A number or LaTeX, without which math-verify finds nothing in a truth."""
+
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its alarms are off
+
+
+PARAMETERS = ()
+
+
+def check(ground_truth: str, params: Mapping[str, Any]) -> None:
+    """ValueError for some of the truths that cannot be read, without asking math-verify."""
+    if not _READABLE.search(ground_truth):
+        raise _unreadable(ground_truth)
 
 
 def verify(
@@ -56,9 +69,7 @@ def asked(completion: str, ground_truth: str, box: str | None = None) -> bool:
     """What math-verify says; spared the search through the completion if it has only this box."""
     gold = _gold(ground_truth)
     if not gold:
-        raise ValueError(
-            f"math-verify cannot read the ground truth {ground_truth!r}; write it as \\boxed{{…}}"
-        )
+        raise _unreadable(ground_truth)
     texts = [each for each in gold if isinstance(each, str)]
     if box and normalize_latex(box, _LAST_BOX).strip() in texts:  # it compares these, too
         return True
@@ -69,6 +80,12 @@ def asked(completion: str, ground_truth: str, box: str | None = None) -> bool:
 def format_score(completion: str) -> float:
     """The share of the four tags that occur exactly once."""
     return sum(completion.count(tag) == 1 for tag in _TAGS) / len(_TAGS)
+
+
+def _unreadable(ground_truth: str) -> ValueError:
+    return ValueError(
+        f"math-verify cannot read the ground truth {ground_truth!r}; write it as \\boxed{{…}}"
+    )
 
 
 class _Prediction(list):

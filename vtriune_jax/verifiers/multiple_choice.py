@@ -20,6 +20,14 @@ _LEADING = re.compile(r"\W*([a-z])\s*[.):](?:\s|$)", re.I)
 _STATED = re.compile(r"\b(?:answer|option|choice)(?:\s+is|\s*:)?\s*\W{0,3}([a-z])\b", re.I)
 
 
+PARAMETERS = ("choices",)
+
+
+def check(ground_truth: str, params: Mapping[str, Any]) -> None:
+    """What `verify` would raise for every completion."""
+    verify(f"<answer>{ground_truth}</answer>", ground_truth, params, 1.0)
+
+
 def verify(
     completion: str, ground_truth: str, params: Mapping[str, Any], progress: float
 ) -> dict[str, float]:

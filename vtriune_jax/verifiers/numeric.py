@@ -5,7 +5,8 @@
                case, spacing and punctuation around them
     format     1 when the completion marks an answer (`<answer>` or a box), else 0
 
-A percent sign divides by 100; thousands separators and currency signs are dropped.
+A percent sign divides by 100; thousands separators and currency signs are dropped. `accepted` holds
+other right answers.
 """
 
 from __future__ import annotations
@@ -13,19 +14,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vtriune_jax.verifiers.answers import best, final_answer, normalized, number, true_answers
+from vtriune_jax.verifiers.answers import (
+    best,
+    final_answer,
+    normalized,
+    number,
+    tolerance,
+    true_answers,
+)
+
+PARAMETERS = ("accepted", "tolerance")
+
+
+def check(ground_truth: str, params: Mapping[str, Any]) -> None:
+    """What `verify` would raise for every completion."""
+    verify(f"<answer>{ground_truth}</answer>", ground_truth, params, 1.0)
 
 
 def verify(
     completion: str, ground_truth: str, params: Mapping[str, Any], progress: float
 ) -> dict[str, float]:
     """Accuracy and format of one completion."""
-    tolerance = params.get("tolerance", 0.05)
+    most = tolerance(params, 0.05)
 
     def close(answer: str, truth: str) -> float:
         given, expected = number(answer), number(truth)
         if given is None or expected is None:
             return float(normalized(answer) == normalized(truth))
-        return float(abs(given - expected) <= tolerance * abs(expected))
+        return float(abs(given - expected) <= most * abs(expected))
 
     return best(final_answer(completion), true_answers(ground_truth, params), close)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -13,6 +12,7 @@ from vtriune_jax.types import Verdict
 from vtriune_jax.verifiers import known_verifiers
 from vtriune_jax.verifiers.item import Item, with_defaults
 from vtriune_jax.verifiers.pool import Answer, Pool
+from vtriune_jax.verifiers.result import checked
 from vtriune_jax.verifiers.worker import describe, guarded
 
 TIME_LIMIT = 5.0
@@ -88,11 +88,7 @@ def _verdict(item: Item, answer: Answer) -> Verdict:
 
 
 def _combined(item: Item, parts: Mapping[str, Any]) -> Verdict:
-    numbers = parts if set(map(type, parts.values())) == {float} else _floats(parts)
-    if not math.isfinite(sum(numbers.values())):  # or a sum that overflows
-        wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
-        if wrong:
-            raise ValueError(f"the verifier's {', '.join(wrong)} is not a finite number")
+    numbers = checked(parts)
     ratios = item.reward.accuracy_ratio, item.reward.format_ratio
     if not sum(ratios) > 0 or min(ratios) < 0:
         raise ValueError(
@@ -101,7 +97,3 @@ def _combined(item: Item, parts: Mapping[str, Any]) -> Verdict:
         )
     score = combine(numbers["accuracy"], numbers["format"], *ratios)
     return Verdict("ok", float(score), numbers)
-
-
-def _floats(parts: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in parts.items()}

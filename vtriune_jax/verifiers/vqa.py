@@ -28,6 +28,14 @@ _APOSTROPHE = re.compile(r"['’]")
 _PUNCTUATION = re.compile(r"[^\w\s.,:]|[.,:](?![0-9])|(?<![0-9])[.,:]")
 
 
+PARAMETERS = ("answers",)
+
+
+def check(ground_truth: str, params: Mapping[str, Any]) -> None:
+    """What `verify` would raise for every completion."""
+    verify(f"<answer>{ground_truth}</answer>", ground_truth, params, 1.0)
+
+
 def verify(
     completion: str, ground_truth: str, params: Mapping[str, Any], progress: float
 ) -> dict[str, float]:
