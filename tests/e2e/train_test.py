@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.documented import undocumented
 from tests.e2e.runs import arguments, params, records, summary
 from vtriune_jax.main import main
 
@@ -44,6 +45,11 @@ def test_metrics_of_every_kind_and_source(run):
         assert not [n for n, v in line.items() if n.startswith("verifier_") and v]
         assert line["grad_norm"] > 0
         assert line["skipped_steps"] == 0
+
+
+def test_every_metric_is_documented(run, warm):
+    for line in (*records(run), *records(warm)):
+        assert undocumented(line) == []
 
 
 def test_tensorboard_has_the_same_names(run):
