@@ -94,6 +94,17 @@ def test_imitation_trains_everything(warm):
     assert not [name for name in first if name.startswith(("reward", "length"))]
 
 
+def test_a_run_without_steps_only_evaluates(warm, data, tmp_path, capsys):
+    keys = {"stages": "('grpo',)", "grpo_steps": 0, "model_path": warm / "final", **data}
+    assert main(arguments(tmp_path / "run", **keys)) == 0
+    assert "digits_ocr" in capsys.readouterr().out
+    found = summary(tmp_path / "run")
+    assert list(found["before"]) == SOURCES
+    assert found["after"] == found["before"]
+    before, after = params(warm / "final"), params(tmp_path / "run" / "final")
+    assert all(np.array_equal(before[path], after[path]) for path in before)
+
+
 def png(width: int, height: int) -> bytes:
     out = io.BytesIO()
     Image.effect_noise((width, height), 60).convert("RGB").save(out, "PNG")
