@@ -5,7 +5,8 @@ command   python -m vtriune_jax.main --config=configs/one_gpu.py --workdir=runs/
             --config.data.heldout="('my_test.parquet',)"
 checked   python -m vtriune_jax.compile --config=configs/one_gpu.py --topology=h100:1 --sampling
 hardware  one GPU of 80 GB: update (61.5 of 73.3 GiB) and sampler (40.9) were compiled for an H100,
-          and fit; not run. With --config.model.lora.rank=16 --config.grpo.lr=1e-5 25.3 and 24.0
+          and fit; not run. With --config.model.lora.rank=16 --config.grpo.lr=1e-5 25.3 and 23.9;
+          on eight such GPUs, with --config.batch.micro_batches=8, 13.5 and 10.2 on each
 time      not yet measured; at the peaks of the data sheet an update of full slots takes 18 s
 expect    not yet measured
 """
