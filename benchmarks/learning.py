@@ -2,7 +2,7 @@
 
 Prints the README's table (held-out reward per source, before → after), the training reward per
 source over the last 20 GRPO steps, and, for the sources of boxes, the share of well-formed answers
-and the accuracy of those, first 5 against last 20 GRPO steps.
+and the accuracy of those, first 5 against last 20 GRPO steps. Runs have one config, but for seeds.
 """
 
 import json
@@ -10,11 +10,36 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+from vtriune_jax.errors import UserError
+
 ENDS = (slice(None, 5), slice(-20, None))
+LEAST = 25
+"""GRPO steps, without which the two ends would overlap."""
+
+
+def read_summary(run: Path) -> dict:
+    for path in (run / "metrics.jsonl", run / "summary.json"):
+        if not path.is_file():
+            raise UserError(f"{path} is missing; expected the workdir of a run that has ended")
+    return json.loads((run / "summary.json").read_text())
+
+
+def check(runs: list[Path]) -> None:
+    """UserError unless the tables can be made of these runs."""
+    if not runs:
+        raise UserError("no run is named; give workdirs, as runs/quickstart")
+    for run in runs:
+        sources = sorted(read_summary(run)["before"])
+        if not sources or sources != sorted(read_summary(runs[0])["before"]):
+            raise UserError(
+                f"{run} was evaluated on {sources}; expected some sources, the same in all runs"
+            )
+        if (steps := len(grpo_steps(run))) < LEAST:
+            raise UserError(f"{run} has {steps} GRPO steps; at least {LEAST} are compared")
 
 
 def rewards(runs: list[Path]) -> None:
-    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
+    summaries = [read_summary(run) for run in runs]
     sources = sorted(summaries[0]["before"])
     print("run", *sources, "mean", sep=" | ")
     for run, summary in zip(runs, summaries, strict=True):
@@ -38,6 +63,7 @@ def training(runs: list[Path]) -> None:
 
 
 def form_and_content(runs: list[Path], source: str) -> None:
+    """Of a source that all runs trained on."""
     wanted = [f"reward_format/{source}", f"reward_accuracy/{source}"]
     parts = []
     for end in ENDS:
@@ -46,7 +72,7 @@ def form_and_content(runs: list[Path], source: str) -> None:
             steps = grpo_steps(run)[end]
             of_runs.append([mean(r[name] for r in steps if name in r) for name in wanted])
         form, accuracy = (mean(values) for values in zip(*of_runs, strict=True))
-        parts.append((form, accuracy / form))
+        parts.append((form, accuracy / form if form else 0.0))
     (form, accuracy), (later_form, later_accuracy) = parts
     print(
         f"{source}: well-formed {form:.2f} → {later_form:.2f}, "
@@ -54,9 +80,20 @@ def form_and_content(runs: list[Path], source: str) -> None:
     )
 
 
-if __name__ == "__main__":
-    folders = [Path(name) for name in sys.argv[1:]]
+def main(names: list[str]) -> int:
+    folders = [Path(name) for name in names]
+    try:
+        check(folders)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     rewards(folders)
     training(folders)
     for boxes in ("digits_detection", "digits_grounding"):
-        form_and_content(folders, boxes)
+        if any(f"reward_format/{boxes}" in record for record in grpo_steps(folders[0])):
+            form_and_content(folders, boxes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -37,7 +37,8 @@ def get_config() -> Any:
     config: dict[str, Any] = dict(
         # Everything random is derived from this number, the step and the sample.
         seed=0,
-        # What to run, in this order: "sft" imitates demonstrations, "grpo" learns from rewards.
+        # What to run, in this order: "sft" imitates demonstrations (bare ground truths, where rows
+        # have none), "grpo" learns from rewards.
         stages=("sft", "grpo"),
     )
     config["model"] = dict(

@@ -75,7 +75,9 @@ $cpu || ((servers <= most)) || fail "--servers=$servers: 8 GPUs hold $most serve
   fail "--host=$host may be reached by others: set VTRIUNE_ROLLOUT_KEY and VTRIUNE_ROLLOUT_ADMIN_KEY"
 [[ ! $router || ${ROUTER_PYTHON:-} ]] ||
   fail "--router needs ROUTER_PYTHON: a Python with sglang-router==0.3.2 and without sglang"
-$dry_run || [[ -f $model/config.json ]] || fail "--model=$model has no config.json: not a checkpoint"
+# To print commands, a name that is no path will do: the checkpoint may be elsewhere.
+[[ -f $model/config.json ]] || { $dry_run && [[ $model != [/.~]* ]]; } ||
+  fail "--model=$model has no config.json: not a checkpoint"
 
 # taken PORT: something listens there.
 taken() { (: <>"/dev/tcp/$host/$1") 2>/dev/null; }

@@ -103,6 +103,14 @@ def test_the_end_of_a_run_is_told(finished):
     assert [file.name for file in (workdir / "samples").iterdir()] == ["01_boxes.png"]
 
 
+def test_without_an_evaluation_there_is_no_table(finished, tmp_path, capsys):
+    workdir, model = finished
+    parts = make_parts(workdir.parent / "model", model_config=model.config)
+    finish(parts, tmp_path, models.split(model)[1], {}, HeldOut([], [], []), steps=3, seconds=4.0)
+    [line] = capsys.readouterr().out.splitlines()[1:]
+    assert line.startswith(f"{tmp_path}/report.html has curves")
+
+
 def test_the_trained_model_loads_here_and_in_transformers(finished):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch and transformers warn about their own deprecations

@@ -220,7 +220,7 @@ def value_of(flag, line):
     [("7b", list("01234567"), "0.80"), ("32b", ["0,1", "2,3", "4,5", "6,7"], "0.85")],
 )
 def test_presets_share_eight_gpus_out(preset, devices, memory):
-    flags = (f"--preset={preset}", "--model=/m", "--dry-run", "--", "--log-level", "debug it")
+    flags = (f"--preset={preset}", "--model=org/m", "--dry-run", "--", "--log-level", "debug it")
     ended = launch(SCRIPT, *flags, SGLANG_PYTHON="/venv/bin/python")
     assert (ended.returncode, ended.stderr) == (0, "")
     lines = ended.stdout.splitlines()
@@ -236,7 +236,7 @@ def test_presets_share_eight_gpus_out(preset, devices, memory):
             "--port": str(30000 + number),
             "--mem-fraction-static": memory,
             "--weight-version": "step-0",
-            "--model-path": "/m",
+            "--model-path": "org/m",
         }.items():
             assert value_of(flag, line) == value
         assert "--api-key" not in words
@@ -245,14 +245,14 @@ def test_presets_share_eight_gpus_out(preset, devices, memory):
 @pytest.mark.parametrize(("variables", "threads"), [({}, 1), ({"OMP_NUM_THREADS": "4"}, 4)])
 def test_servers_on_cpus_leave_cores_to_others(monkeypatch, variables, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    words = shlex.split(launch(SCRIPT, "--cpu", "--model=/m", "--dry-run", **variables).stdout)
+    words = shlex.split(launch(SCRIPT, "--cpu", "--model=org/m", "--dry-run", **variables).stdout)
     assert f"OMP_NUM_THREADS={threads}" in words
     assert "--sleep-on-idle" in words
 
 
 def test_keys_are_asked_of_clients_and_not_printed():
     keys = {"VTRIUNE_ROLLOUT_KEY": "secret one", "VTRIUNE_ROLLOUT_ADMIN_KEY": "secret two"}
-    flags = ("--preset=7b", "--servers=1", "--model=/m", "--host=10.0.0.2", "--dry-run")
+    flags = ("--preset=7b", "--servers=1", "--model=org/m", "--host=10.0.0.2", "--dry-run")
     ended = launch(SCRIPT, *flags, **keys)
     assert (
         "--api-key $VTRIUNE_ROLLOUT_KEY --admin-api-key $VTRIUNE_ROLLOUT_ADMIN_KEY" in ended.stdout
@@ -269,7 +269,7 @@ def test_keys_reach_the_servers(stub, model):
 
 
 def test_the_router_knows_all_servers():
-    flags = ("--cpu", "--servers=2", "--port=31000", "--model=/m", "--router=31100", "--dry-run")
+    flags = ("--cpu", "--servers=2", "--port=31000", "--model=org/m", "--router=31100", "--dry-run")
     ended = launch(SCRIPT, *flags, ROUTER_PYTHON="/router/python")
     *_, line = ended.stdout.splitlines()
     words = shlex.split(line)
@@ -301,6 +301,9 @@ def test_taken_ports_are_refused(stub, model):
         (["--model=m", "--preset=7b", "--host=10.0.0.2"], "set VTRIUNE_ROLLOUT_KEY"),
         (["--model=m", "--cpu", "--router=31100"], "--router needs ROUTER_PYTHON"),
         (["--model=/none", "--cpu"], "--model=/none has no config.json"),
+        (["--model=/none", "--cpu", "--dry-run"], "--model=/none has no config.json"),
+        (["--model=./none", "--cpu", "--dry-run"], "--model=./none has no config.json"),
+        (["--model=~/none", "--cpu", "--dry-run"], "--model=~/none has no config.json"),
     ],
 )
 def test_mistakes_are_told_in_one_line(flags, expected):

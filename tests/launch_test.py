@@ -59,6 +59,14 @@ def test_quickstart_sets_up_once_and_passes_flags_through(clone):
     assert (clone / "pip.log").read_text() == "installed\n" * 2
 
 
+def test_quickstart_helps_before_it_installs_anything(clone):
+    for flag in ("--help", "-h"):
+        ended = launch(clone / "launch" / "quickstart.sh", "--workdir=x", flag, PYTHON="/none")
+        assert ended.returncode == 0
+        assert "launch/quickstart.sh [--workdir=FOLDER] [--config.KEY=VALUE …]" in ended.stdout
+    assert not (clone / ".venv").exists()
+
+
 def test_an_installation_that_fails_is_tried_again(clone):
     script, python = clone / "launch" / "quickstart.sh", clone.parent / "python-stub"
     ended = launch(script, PYTHON=python, PIP_STATUS=1)

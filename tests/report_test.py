@@ -128,6 +128,13 @@ def test_the_page_is_whole_escaped_and_needs_no_network(workdir):
     assert "width=device-width" in page
 
 
+def test_control_characters_of_a_completion_become_visible(workdir):
+    text = "".join(map(chr, range(160)))
+    page = write(workdir, SampleView("a", text, text, text, Verdict("error", reason=text)))
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", page)
+    assert "␀␁␂␃␄␅␆␇␈\t\n␋␌␍" in page
+
+
 def test_the_pictures_of_the_page_are_files_too(workdir):
     page = write(workdir, SampleView("a/b c", "p", "c", "t", Verdict("ok"), image=png()))
     [data] = re.findall(r"base64,([^\"]+)", page)

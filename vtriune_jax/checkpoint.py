@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -108,6 +109,10 @@ class Checkpointer:
         Raises:
           UserError: the checkpoint is of another model or optimizer, or none can be read.
         """
+        with _without_late_answers():
+            return self._restore(abstract_state, donate)
+
+    def _restore(self, abstract_state: TrainState, donate: bool) -> Restored | None:
         target = jax.tree.map(_abstract, abstract_state)
         steps = hosts.from_first(lambda: sorted(self._manager.all_steps(), reverse=True))
         if steps and donate:
@@ -273,6 +278,24 @@ def read_params(
     return read
 
 
+@contextmanager
+def _without_late_answers() -> Iterator[None]:
+    """Where the read of an array fails, Orbax closes its event loop at once, and TensorStore says
+    so, with a traceback, for each other array whose read ends after that."""
+    hook = sys.unraisablehook
+
+    def others(found: Any) -> None:
+        if not isinstance(found.exc_value, RuntimeError) or str(found.exc_value) != _LATE:
+            hook(found)
+
+    sys.unraisablehook = others
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
+_LATE = "Event loop is closed"
 _OVERHEAD = 2**20
 """Bytes of a checkpoint that are not arrays, at most."""
 _UNREADABLE = (ValueError, KeyError, OSError)

@@ -69,8 +69,9 @@ def finish(
         },
         samples=views,
     )
-    print(f"\nheld-out reward before and after {parts.config.stages[-1]}\n")
-    print(summary_table(before, after))
+    if before or after:
+        print(f"\nheld-out reward before and after {parts.config.stages[-1]}\n")
+        print(summary_table(before, after))
     print(f"\n{workdir}/report.html has curves and samples, {workdir}/final the trained model")
 
 

@@ -7,6 +7,7 @@ with their pictures, the true and the predicted boxes drawn in.
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import math
@@ -14,7 +15,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,10 @@ CURVES = {
     "time": "Seconds per step",
 }
 """Metrics shown at once, in this order, with their titles; all others are folded away."""
+
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+_VISIBLE |= dict.fromkeys(range(127, 160), 0xFFFD)
+"""Control character → what stands for it: Unicode has symbols for the first 32."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,11 @@ def draw_boxes(
     out = io.BytesIO()
     picture.save(out, "PNG")
     return out.getvalue()
+
+
+def escape(text: str) -> str:
+    """Text as HTML; control characters, which HTML cannot have, as visible symbols."""
+    return html.escape(text.translate(_VISIBLE))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

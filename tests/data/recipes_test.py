@@ -1,10 +1,13 @@
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from configs import base
 from tests.data.conftest import png
+from vtriune_jax import config as configs
 from vtriune_jax.data import recipes, sources
 from vtriune_jax.errors import UserError
 from vtriune_jax.verifiers import known_verifiers
@@ -116,6 +119,17 @@ def test_other_files_in_the_way(tmp_path):
     (tmp_path / "out" / "test" / "old.parquet").touch()
     with pytest.raises(UserError, match=r"old\.parquet is there already; give an empty folder"):
         recipes.convert("bccd", folder, tmp_path / "out")
+
+
+def test_help_names_the_data_sets_and_keys_that_there_are(capsys):
+    with pytest.raises(SystemExit):
+        recipes.main(["--help"])
+    text = capsys.readouterr().out
+    assert "BCCD" in text
+    assert "PuzzleVQA" in text
+    keys = re.findall(r"config\.([\w.]+)", recipes.__doc__)
+    assert keys == ["data.train", "data.heldout"]
+    assert set(keys) <= set(configs.flatten(base.get_config()))
 
 
 def test_real_blood_cells(tmp_path, capsys):

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from tests.documented import undocumented
 from tests.e2e.runs import arguments, records, timeless
 from vtriune_jax.main import main
 
@@ -49,6 +50,7 @@ def test_every_part_reports(whole):
         assert any(name.startswith("reward_overlong/") for name in line)
         assert not [name for name, value in line.items() if value is None]
         assert line["skipped_steps"] == 0
+        assert undocumented(line) == []
     assert records(whole)[0]["reference_kl"] < records(whole)[-1]["reference_kl"]
 
 

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.documented import undocumented
 from tests.e2e.runs import arguments, records
 from tests.rollout.fake_sglang import FakeServer
 from vtriune_jax.main import main
@@ -53,6 +54,7 @@ def test_on_policy_the_servers_log_probs_are_the_trainers(start, keys, tmp_path)
     workdir = tmp_path / "run"
     assert main(arguments(workdir, **keys, **asked(servers))) == 0
     for step, record in enumerate(records(workdir)):
+        assert undocumented(record) == []
         assert record["rollout_gap"] < 1e-4
         assert record["sync/logp_gap_max"] < 1e-3
         assert record["sync/servers_updated"] == 2

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.documented import undocumented
 from tests.e2e.runs import arguments, params, records, summary
 from vtriune_jax.main import main
 
@@ -45,6 +46,11 @@ def test_metrics_of_every_kind_and_source(run):
         assert line["grad_norm"] > 0
         assert line["kl"] > 0  # to the policy before the first of the step's updates
         assert line["skipped_steps"] == 0
+
+
+def test_every_metric_is_documented(run, warm):
+    for line in (*records(run), *records(warm)):
+        assert undocumented(line) == []
 
 
 def test_tensorboard_has_the_same_names(run):
@@ -87,6 +93,17 @@ def test_imitation_trains_everything(warm):
     assert last["loss"] < first["loss"] / 4
     assert {f"loss/{source}" for source in SOURCES} < first.keys()
     assert not [name for name in first if name.startswith(("reward", "length"))]
+
+
+def test_a_run_without_steps_only_evaluates(warm, data, tmp_path, capsys):
+    keys = {"stages": "('grpo',)", "grpo_steps": 0, "model_path": warm / "final", **data}
+    assert main(arguments(tmp_path / "run", **keys)) == 0
+    assert "digits_ocr" in capsys.readouterr().out
+    found = summary(tmp_path / "run")
+    assert list(found["before"]) == SOURCES
+    assert found["after"] == found["before"]
+    before, after = params(warm / "final"), params(tmp_path / "run" / "final")
+    assert all(np.array_equal(before[path], after[path]) for path in before)
 
 
 def png(width: int, height: int) -> bytes:

@@ -318,7 +318,8 @@ def test_the_network_needs_a_token(tmp_path):
     process, _ = start(tmp_path, *flags)
     with process:
         (line,) = process.stderr.read().decode().splitlines()
-        assert process.wait() == 1
+        assert process.wait() == 2
+    assert line.startswith("error: --host 0.0.0.0 ")
     assert "set VTRIUNE_VERIFIER_TOKEN, or pass --open" in line
     for more, token in ((("--open",), ""), ((), "secret")):
         process, address = start(tmp_path, *flags, *more, VTRIUNE_VERIFIER_TOKEN=token)

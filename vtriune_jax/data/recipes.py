@@ -6,7 +6,9 @@
 bccd: blood cells, VOC boxes (`annotations/*.xml`, `images/*.jpg`) → detection rows with boxes on
 the 0..1000 grid, and counting rows. puzzlevqa: visual puzzles (`*.jsonl`, `images/`) → rows whose
 answer, a number or a word, goes into `\\boxed{}`. Every tenth picture is held out. DIR gets train/
-and test/ and is a data source as it is: `config.data.sources = [(DIR, 1.0)]`.
+and test/ and is a data source as it is: --config.data.train="((DIR, 1.0),)" and
+--config.data.heldout="(DIR,)". The same again replaces its files; other parquet files there are
+refused.
 """
 
 from __future__ import annotations
@@ -234,9 +236,15 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("recipe", choices=sorted(RECIPES))
+    parser.add_argument(
+        "recipe",
+        choices=sorted(RECIPES),
+        help="bccd: BCCD, blood cells with VOC boxes; puzzlevqa: PuzzleVQA, visual puzzles",
+    )
     parser.add_argument("--input", type=Path, required=True, help="folder of the data set")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the parquet files")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for its files alone; gets train/ and test/"
+    )
     options = parser.parse_args(arguments)
     try:
         for path in convert(options.recipe, options.input, options.out):

@@ -45,10 +45,12 @@ def main() -> None:
     args = _arguments()
     token = os.environ.get(TOKEN)
     if not (token or args.open or _is_loopback(args.host)):
-        sys.exit(
-            f"--host {args.host} would let the whole network in; set {TOKEN}, or pass --open "
-            "if everyone there may use it"
+        print(
+            f"error: --host {args.host} would let the whole network in; set {TOKEN}, or pass "
+            "--open if everyone there may use it",
+            file=sys.stderr,
         )
+        sys.exit(2)
     jax.config.update("jax_platforms", "cpu")  # the accelerator belongs to the trainer
     try:
         listener = socket.create_server((args.host, args.port), backlog=2048)
