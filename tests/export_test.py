@@ -24,6 +24,7 @@ from vtriune_jax.export import copy_processor, export, generation_config, main, 
 from vtriune_jax.models import weights
 from vtriune_jax.optim import OptimConfig, make_optimizer
 from vtriune_jax.rl.update import init_state
+from vtriune_jax.workdir import record
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def run(tmp_path_factory):
     sizes = config.model.tiny
     sizes.vocab_size, sizes.layers, sizes.vision_depth = 400, 2, 1
     sizes.full_attention_layers = ()
-    configs.record(config, workdir)
+    record(config, workdir)
     tiny.ensure_tiny(workdir / "model", sizes, ["Where are the dogs?"], 0)
     start = models.load_pretrained(workdir / "model")
     graphdef, params = models.split(start)

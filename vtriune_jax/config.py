@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import math
 import re
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from vtriune_jax.config_tables import DIVISIBLE, FREE, RELATIONS, RULES, Test
+from vtriune_jax.config_tables import DIVISIBLE, RELATIONS, RULES, Test
 from vtriune_jax.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -80,33 +79,6 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def record(config: Any, workdir: Path) -> None:
-    """Writes `config.json` into the workdir, or checks that the run there had the same settings.
-
-    Raises UserError, with the old and the new values, if a key outside of FREE changed: a resumed
-    run would then not be the run that it continues.
-    """
-    path = workdir / "config.json"
-    text = json.dumps({**config.to_dict(), STARTED_IN: str(Path.cwd())}, indent=2) + "\n"
-    if path.exists():
-        old, new = flatten(json.loads(path.read_text())), flatten(json.loads(text))
-        free = rf"{FREE}|{config.stages[-1]}\.steps|{STARTED_IN}"
-        changed = [
-            f"{key} {json.dumps(old.get(key))} → {json.dumps(new.get(key))}"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not re.fullmatch(free, key)
-        ]
-        if changed:
-            raise UserError(
-                f"{workdir} holds a run with other settings ({'; '.join(changed)}): "
-                "choose a new --workdir, or the old settings to resume it"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    scratch = workdir / "config.json.part"
-    scratch.write_text(text)
-    scratch.replace(path)
 
 
 def _execute(path: Path) -> ConfigDict:

@@ -26,6 +26,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from absl import flags
 from vtriune_jax import config as configs
 from vtriune_jax.commands import fill, keep_programs, return_memory, tell_compilers
 from vtriune_jax.errors import UserError
+from vtriune_jax.workdir import held, settle
 
 
 def main(argv: Sequence[str]) -> int:
@@ -128,20 +130,13 @@ def train(options: flags.FlagValues, overrides: Sequence[tuple[str, str]]) -> No
     hosts.join(options.coordinator, options.processes, options.process, options.wait)
     workdir = Path(options.workdir).expanduser()
     hosts.check_same("settings", _settings(config, jax.__version__))
-    hosts.from_first(lambda: _record(config, workdir))
-    hosts.check_shared(workdir)
-    from vtriune_jax.train import run
+    with ExitStack() as stack:
+        hosts.from_first(lambda: stack.enter_context(held(workdir)))
+        hosts.from_first(lambda: settle(config, workdir))
+        hosts.check_shared(workdir)
+        from vtriune_jax.train import run
 
-    run(config, workdir)
-
-
-def _record(config: Any, workdir: Path) -> None:
-    try:
-        configs.record(config, workdir)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(
-            f"--workdir={workdir} cannot be written: {error.strerror}; choose a folder of yours"
-        ) from error
+        run(config, workdir)
 
 
 def _settings(config: Any, version: str) -> dict[str, Any]:

@@ -205,9 +205,23 @@ def test_a_disk_that_is_too_full_for_a_checkpoint(fails, tmp_path, monkeypatch):
 
 
 def test_settings_of_another_run(fails, tmp_path, warm, data):
+    """They are refused once something was trained, and what is refused leaves all as it was."""
+    keys = {"model_path": warm / "final", "stages": "sft", "sft_steps": 2, **data}
     fails(stages="sft", batch_windows=1)
-    text = fails(stages="sft", batch_windows=1, seed=7)
+    assert main(arguments(tmp_path / "run", **keys)) == 0
+    noted = (tmp_path / "run" / "config.json").read_bytes()
+    text = fails(stages="sft", sft_steps=2, grpo_steps=3, seed=7)
     assert "holds a run with other settings (seed 0 → 7): choose a new --workdir" in text
+    text = fails(stages="sft", sft_steps=1, grpo_steps=3)
+    assert "sft.steps=1, but the run in" in text
+    assert "has trained 2 steps already: choose 2 or more, or a new --workdir" in text
+    fails(stages="sft", sft_steps=3, grpo_steps=3, mesh_data=3)
+    assert (tmp_path / "run" / "config.json").read_bytes() == noted
+
+
+def test_a_mistake_at_the_first_start_locks_nothing(fails, tmp_path, warm, data):
+    fails(data_heldout=("nowhere.parquet",))
+    assert main(arguments(tmp_path / "run", model_path=warm / "final", stages="sft", **data)) == 0
 
 
 def test_as_a_program(tmp_path, warm, data):
