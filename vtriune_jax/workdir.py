@@ -140,7 +140,7 @@ def _changed(
 
 
 def _forget(workdir: Path, changed: Collection[str], ours: bool) -> None:
-    """Removes what other settings made before training; `model` only if it is a tiny one of ours."""
+    """Removes what other settings made before training; `model` only if `ours`, a tiny one."""
     (workdir / "heldout_before.json").unlink(missing_ok=True)
     if ours and any(re.fullmatch(r"seed|model\.tiny\..*", key) for key in changed):
         shutil.rmtree(workdir / "model", ignore_errors=True)

@@ -72,6 +72,7 @@ def test_an_unknown_verifier(fails, tmp_path):
 
 def test_completions_longer_than_their_slot(fails, tmp_path):
     text = fails(stages="sft", batch_completion_tokens=3, eval_rows_per_source=0)
+    assert re.match(r"error: /\S+/train_\w+.parquet row \d+: the demonstration has \d+ tok", text)
     assert "tokens, its slot 3; raise batch.completion_tokens or drop the row" in text
 
 
@@ -113,7 +114,7 @@ def test_a_model_that_is_no_checkpoint(fails, tmp_path, warm):
 def test_prompts_longer_than_their_slot(fails, stage, heldout):
     """In imitation, in a rollout and in the evaluation."""
     text = fails(stages=stage, batch_prompt_tokens=20, eval_rows_per_source=heldout)
-    assert re.search(r"sample '?\w+-(train|heldout)-0-\d+'?", text)
+    assert re.match(r"error: /\S+/(train|heldout)_\w+.parquet row \d+: the prompt has", text)
     assert "20" in text
     assert "raise batch.prompt_tokens or drop the row" in text
 
