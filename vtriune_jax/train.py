@@ -17,7 +17,7 @@ from vtriune_jax.ahead import Ahead, Drawn
 from vtriune_jax.assemble import Parts, assemble
 from vtriune_jax.checkpoint import Checkpointer
 from vtriune_jax.collect import Collected, collect
-from vtriune_jax.data.feed import feed, tell
+from vtriune_jax.data.feed import feed, tell_once
 from vtriune_jax.draw import START, prompts_ahead, responder
 from vtriune_jax.evaluate import evaluate, read_means, save_means
 from vtriune_jax.finish import finish
@@ -46,10 +46,11 @@ def run(config: Any, workdir: Path) -> None:
         writer = stack.enter_context(MetricsWriter(workdir)) if hosts.is_first() else None
         stages = plan(config, parts.prompter.banned_ids)
         params, before, seconds = parts.params, {}, 0.0
+        told_of: set[str] = set()
         for stage in stages:
             if stage is stages[-1]:
                 before = heldout_before(parts, params, stage.start, workdir)
-            params, spent = train(stage, params, parts, writer, workdir)
+            params, spent = train(stage, params, parts, writer, workdir, told_of)
             seconds += spent
         steps = sum(stage.steps for stage in stages)
         heldout = evaluate(parts, params, version=steps)
@@ -57,11 +58,17 @@ def run(config: Any, workdir: Path) -> None:
 
 
 def train(
-    stage: Stage, params: Any, parts: Parts, writer: MetricsWriter | None, workdir: Path
+    stage: Stage,
+    params: Any,
+    parts: Parts,
+    writer: MetricsWriter | None,
+    workdir: Path,
+    told_of: set[str],
 ) -> tuple[Any, float]:
     """Trains one stage to its end; returns the parameters and the seconds that it took in all.
 
-    `params` are used up. Only the first process has a `writer`, and tells of progress.
+    `params` are used up. Only the first process has a `writer`, and tells of progress. `told_of`
+    are the sources of whose bad rows the run has told.
     """
     config = parts.config
     state, do = begin(stage, params, parts)
@@ -112,7 +119,7 @@ def train(
                 if step > done and checkpoints.due(step):
                     save(step)
                 got, clock = rollouts.take(step, state.params)
-                tell(got.skipped, f"{stage.name} step {step + 1}")
+                tell_once(got.skipped, f"{stage.name} step {step + 1}", told_of)
                 with clock("update"):
                     batch, told = packed(stage, got, do, state.params, parts)
                     state, sums = do.update(state, batch, step)

@@ -61,6 +61,15 @@ def test_skipped_rows_are_counted_and_replaced(skipping):
     assert counts == [line.get("skipped_rows/digits_math", 0) for line in lines]
 
 
+def test_the_first_bad_row_of_a_source_is_told_of(keys, tmp_path, capsys):
+    changed = {**keys, "data_on_bad_row": "skip", "eval_rows_per_source": 0}
+    changed |= {"stages": "sft,grpo", "grpo_steps": 2}
+    assert main(arguments(tmp_path / "run", **changed)) == 0
+    [told] = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    pattern = r"sft step \d: a bad row of digits_math is skipped \(/\S+_math.parquet row \d: the im"
+    assert re.match(pattern, told)
+
+
 def test_a_resumed_run_skips_the_same(skipping, keys, tmp_path, capsys):
     for steps in (2, 4, 6):
         changed = {**keys, "sft_steps": steps, "data_on_bad_row": "skip"}
