@@ -188,6 +188,17 @@ def test_check_judges_a_config_made_in_python():
     [
         ("quickstrat.py", None, "did you mean configs/quickstart.py?"),
         ("empty.py", "", "has no get_config()"),
+        ("syntax.py", "import os\ndef get_config(:\n", "syntax.py line 2: SyntaxError: invalid"),
+        ("import.py", "from configs import bse\n", "import.py line 1: ImportError: cannot import"),
+        ("name.py", "def get_config():\n    return a\n", "name.py line 2: NameError: name 'a'"),
+        ("none.py", "def get_config():\n    pass\n", "get_config() returns None, expected the"),
+        ("more.py", "def get_config(x):\n    pass\n", "more.py: TypeError: get_config() missing"),
+        (
+            "group.py",
+            "from configs import base\n"
+            "def get_config():\n    c = base.get_config()\n    c.grpoo.lr = 1\n    return c\n",
+            "group.py line 4: AttributeError: 'grpoo' Did you mean \"grpo\" instead of",
+        ),
         ("notes.txt", "hello", "is not a Python file"),
     ],
 )

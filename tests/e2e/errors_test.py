@@ -110,6 +110,20 @@ def test_a_model_that_is_no_checkpoint(fails, tmp_path, warm):
     assert str(tmp_path / "copy" / "model.safetensors") in fails(model_path=tmp_path / "copy")
 
 
+def test_a_run_and_a_name_on_the_hub_given_as_the_model(fails, tmp_path, warm):
+    assert f"is the workdir of a run, not a model; did you mean {warm}/final?" in fails(
+        model_path=warm
+    )
+    (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
+    text = fails(model_path=tmp_path / "unfinished")
+    assert f"python -m vtriune_jax.export --checkpoint={tmp_path / 'unfinished'}" in text
+    text = fails(model_path="Qwen/Qwen2.5-VL-3B-Instruct")
+    assert "names on the hub are not fetched, download it first: hf download Qwen/Qwen2.5" in text
+    assert f"model.path={tmp_path / 'no'} is no folder; give the folder" in fails(
+        model_path=tmp_path / "no"
+    )
+
+
 @pytest.mark.parametrize(("stage", "heldout"), [("sft", 0), ("grpo", 0), ("grpo", 2)])
 def test_prompts_longer_than_their_slot(fails, stage, heldout):
     """In imitation, in a rollout and in the evaluation."""
