@@ -84,6 +84,13 @@ def test_a_run_with_other_settings_is_not_resumed(train, tmp_path, capsys):
         ([f"--config={QUICKSTART}"], "--workdir=runs/NAME is missing"),
         (["--confg=x"], "Did you mean: config"),
         (["quickstart"], "'quickstart' is not a flag"),
+        (
+            ["--confg=x", f"--config={QUICKSTART}", "--config.seed=x", "--config.grpo.lr=-1"],
+            f"Did you mean: config ? (--help shows them all); besides, {QUICKSTART} has 2 mistakes",
+        ),
+        (["quickstart", f"--config={QUICKSTART}", "--config.sed=1"], "besides, "),
+        ([f"--config={QUICKSTART}", "--config.sed=1"], "--workdir=runs/NAME is missing (--help sh"),
+        ([f"--config={QUICKSTART}", "--config.sed=1"], "sed is not a key: did you mean"),
         (["--config.seed"], "--config.seed needs a value"),
         ([f"--config={QUICKSTART}", "--workdir=gs://b/x"], "is not a local folder"),
     ],

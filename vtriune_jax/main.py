@@ -97,12 +97,26 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[tuple[str, str]]]
     flags.DEFINE_integer("wait", 300, "", flag_values=options, lower_bound=1)
     flags.DEFINE_bool("help", False, "", flag_values=options, short_name="h")
     overrides, others = split_overrides(argv)
-    fill(options, others, ("--config=configs/quickstart.py", "--workdir=runs/NAME"))
+    try:
+        fill(options, others, ("--config=configs/quickstart.py", "--workdir=runs/NAME"))
+    except UserError as error:
+        options.mark_as_parsed()  # as far as absl came
+        raise UserError(f"{error}{_config_mistakes(options.config, overrides)}") from error
     if "://" in (options.workdir or ""):
         raise UserError(
             f"--workdir={options.workdir} is not a local folder; launch/tpu_vm.sh copies to gs://"
         )
     return options, overrides
+
+
+def _config_mistakes(path: str | None, overrides: Sequence[tuple[str, str]]) -> str:
+    """What else is wrong, for a command line that is wrong itself."""
+    try:
+        if path:
+            configs.load(path, overrides)
+    except UserError as error:
+        return f"; besides, {error}"
+    return ""
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
