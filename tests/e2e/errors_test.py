@@ -1,5 +1,6 @@
 """Every mistake in the input ends in one line that names the thing and the remedy."""
 
+import json
 import os
 import re
 import shutil
@@ -232,6 +233,19 @@ def test_settings_of_another_run(fails, tmp_path, warm, data):
     assert "has trained 2 steps already: choose 2 or more, or a new --workdir" in text
     fails(stages="sft", sft_steps=3, grpo_steps=3, mesh_data=3)
     assert (tmp_path / "run" / "config.json").read_bytes() == noted
+
+
+def test_a_resume_that_other_data_refuse_leaves_the_settings(fails, tmp_path, warm, data):
+    keys = {"model_path": warm / "final", "stages": "sft", "sft_steps": 1, "grpo_steps": 1}
+    keys |= data | file_of(tmp_path, rows())
+    assert main(arguments(tmp_path / "run", **keys)) == 0
+    noted = (tmp_path / "run" / "config.json").read_bytes()
+    text = fails(**keys | file_of(tmp_path, [*rows(), rows()[0]]) | {"sft_steps": 2})
+    assert "has 3 rows, the checkpoint saw 2" in text
+    assert (tmp_path / "run" / "config.json").read_bytes() == noted
+    keys |= file_of(tmp_path, rows()) | {"sft_steps": 2}
+    assert main(arguments(tmp_path / "run", **keys)) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["sft"]["steps"] == 2
 
 
 def test_a_mistake_at_the_first_start_locks_nothing(fails, tmp_path, warm, data):
