@@ -1,11 +1,10 @@
-import json
 import re
-from pathlib import Path
 
 import pytest
 
 from configs import base, quickstart
 from vtriune_jax import config as configs
+from vtriune_jax.config_tables import FREE
 from vtriune_jax.errors import UserError
 
 BASE = "configs/base.py"
@@ -31,7 +30,7 @@ def test_each_number_and_tuple_of_base_has_one_rule():
 
 def test_each_line_of_the_tables_names_keys_of_base():
     keys = configs.flatten(base.get_config())
-    for pattern in [*(pattern for pattern, _, _ in configs.RULES), configs.FREE]:
+    for pattern in [*(pattern for pattern, _, _ in configs.RULES), FREE]:
         assert any(re.fullmatch(pattern, key) for key in keys), pattern
     related = [key for sides in configs.DIVISIBLE for side in sides for key in side]
     related += [key for _, _, line in configs.RELATIONS for key in line]
@@ -190,6 +189,17 @@ def test_check_judges_a_config_made_in_python():
     [
         ("quickstrat.py", None, "did you mean configs/quickstart.py?"),
         ("empty.py", "", "has no get_config()"),
+        ("syntax.py", "import os\ndef get_config(:\n", "syntax.py line 2: SyntaxError: invalid"),
+        ("import.py", "from configs import bse\n", "import.py line 1: ImportError: cannot import"),
+        ("name.py", "def get_config():\n    return a\n", "name.py line 2: NameError: name 'a'"),
+        ("none.py", "def get_config():\n    pass\n", "get_config() returns None, expected the"),
+        ("more.py", "def get_config(x):\n    pass\n", "more.py: TypeError: get_config() missing"),
+        (
+            "group.py",
+            "from configs import base\n"
+            "def get_config():\n    c = base.get_config()\n    c.grpoo.lr = 1\n    return c\n",
+            "group.py line 4: AttributeError: 'grpoo' Did you mean \"grpo\" instead of",
+        ),
         ("notes.txt", "hello", "is not a Python file"),
     ],
 )
@@ -205,28 +215,3 @@ def test_a_file_that_is_no_config(tmp_path, name, content, expected):
 def test_a_config_is_found_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert configs.load(str(configs.REPOSITORY / "configs/quickstart.py"))
-
-
-def test_record_writes_once_and_lets_only_free_keys_change(tmp_path: Path):
-    workdir = tmp_path / "runs" / "a"
-    configs.record(configs.load(BASE), workdir)
-    configs.record(configs.load(BASE, [("grpo.steps", "9"), ("log.seconds", "3")]), workdir)
-    assert json.loads((workdir / "config.json").read_text())["grpo"]["steps"] == 9
-    assert [path.name for path in workdir.iterdir()] == ["config.json"]
-
-    message = fails(configs.record, configs.load(BASE, [("grpo.lr", "2e-6")]), workdir)
-    assert "grpo.lr 1e-06 → 2e-06" in message
-    assert "new --workdir" in message
-    assert json.loads((workdir / "config.json").read_text())["grpo"]["lr"] == 1e-6
-
-
-def test_record_notes_where_a_run_was_started_and_it_may_go_on_elsewhere(tmp_path, monkeypatch):
-    config, file = configs.load(BASE), tmp_path / "run" / "config.json"
-    for name in ("here", "there"):
-        (tmp_path / name).mkdir()
-        monkeypatch.chdir(tmp_path / name)
-        configs.record(config, file.parent)
-        noted = json.loads(file.read_text())
-        assert noted.pop("started_in") == str(tmp_path / name)
-    file.write_text(json.dumps(noted))  # as it was before there was such a note
-    configs.record(config, file.parent)

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from configs import base
-from vtriune_jax import config as configs
 from vtriune_jax import export as module
 from vtriune_jax import models, sharding, tiny
 from vtriune_jax.checkpoint import Checkpointer
@@ -24,6 +23,7 @@ from vtriune_jax.export import copy_processor, export, generation_config, main, 
 from vtriune_jax.models import weights
 from vtriune_jax.optim import OptimConfig, make_optimizer
 from vtriune_jax.rl.update import init_state
+from vtriune_jax.workdir import record
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     sizes = config.model.tiny
     sizes.vocab_size, sizes.layers, sizes.vision_depth = 400, 2, 1
     sizes.full_attention_layers = ()
-    configs.record(config, workdir)
+    record(config, workdir)
     tiny.ensure_tiny(workdir / "model", sizes, ["Where are the dogs?"], 0)
     start = models.load_pretrained(workdir / "model")
     graphdef, params = models.split(start)
@@ -331,20 +331,20 @@ def test_no_checkpoint_yet(copied, tmp_path):
 
 
 def test_a_relative_model_path_is_of_where_the_run_was_started(copied, tmp_path, monkeypatch):
-    record = copied / "config.json"
-    record.unlink()
+    noted = copied / "config.json"
+    noted.unlink()
     config = base.get_config()
     config.model.path = "model"
     with monkeypatch.context() as patch:
         patch.chdir(copied)
-        configs.record(config, copied)
+        record(config, copied)
     export(copied, tmp_path / "out")
     # A run that was moved, or is of a time when the folder was not noted.
     for folder in ({"started_in": "/nowhere"}, {}):
-        keys = json.loads(record.read_text())
+        keys = json.loads(noted.read_text())
         del keys["started_in"]
-        record.write_text(json.dumps(keys | folder))
-        with pytest.raises(UserError, match=rf"{record} has model.path='model'; export from"):
+        noted.write_text(json.dumps(keys | folder))
+        with pytest.raises(UserError, match=rf"{noted} has model.path='model'; export from"):
             export(copied, tmp_path / "other")
         with monkeypatch.context() as patch:
             patch.chdir(copied)

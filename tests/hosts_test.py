@@ -1,5 +1,6 @@
 """What several processes tell each other, and what each says when something is wrong."""
 
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from tests.e2e.several import ended, free_port, started
 from vtriune_jax import hosts
 from vtriune_jax.errors import UserError
 from vtriune_jax.main import main
+from vtriune_jax.workdir import held
 
 FLAGS = f"--config={CONFIG}"
 
@@ -98,3 +100,11 @@ def test_other_settings_on_another_host_are_noticed_by_all(tmp_path):
                 "process 1; start all of them with the same\n"
             ) in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_in_use_ends_all_processes_of_another_run(tmp_path):
+    with held(tmp_path / "run"), started(2, [FLAGS, f"--workdir={tmp_path / 'run'}"]) as processes:
+        for status, _, err in ended(processes):
+            assert status == 2
+            assert f"/run is in use by process {os.getpid()} on " in err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]

@@ -1,8 +1,10 @@
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 from vtriune_jax import config as configs
 from vtriune_jax.errors import UserError
 from vtriune_jax.main import disk_full, main
+from vtriune_jax.workdir import held
 
 QUICKSTART = str(configs.REPOSITORY / "configs" / "quickstart.py")
 
@@ -68,6 +71,7 @@ def test_the_last_workdir_counts(train, tmp_path):
 
 def test_a_run_with_other_settings_is_not_resumed(train, tmp_path, capsys):
     assert main(command(tmp_path)) == 0
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
     assert main(command(tmp_path, "--config.seed=1")) == 2
     assert "seed 0 → 1" in one_line(capsys)
     assert len(train.calls) == 1
@@ -80,6 +84,13 @@ def test_a_run_with_other_settings_is_not_resumed(train, tmp_path, capsys):
         ([f"--config={QUICKSTART}"], "--workdir=runs/NAME is missing"),
         (["--confg=x"], "Did you mean: config"),
         (["quickstart"], "'quickstart' is not a flag"),
+        (
+            ["--confg=x", f"--config={QUICKSTART}", "--config.seed=x", "--config.grpo.lr=-1"],
+            f"Did you mean: config ? (--help shows them all); besides, {QUICKSTART} has 2 mistakes",
+        ),
+        (["quickstart", f"--config={QUICKSTART}", "--config.sed=1"], "besides, "),
+        ([f"--config={QUICKSTART}", "--config.sed=1"], "--workdir=runs/NAME is missing (--help sh"),
+        ([f"--config={QUICKSTART}", "--config.sed=1"], "sed is not a key: did you mean"),
         (["--config.seed"], "--config.seed needs a value"),
         ([f"--config={QUICKSTART}", "--workdir=gs://b/x"], "is not a local folder"),
     ],
@@ -93,6 +104,51 @@ def test_a_workdir_that_cannot_be_written(train, tmp_path, capsys):
     (tmp_path / "run").write_text("a file")
     assert main(command(tmp_path)) == 2
     assert "cannot be written" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("/proc/run", "/proc/run cannot be written: No such file or directory; choose a folder"),
+        ("/dev/full/run", "cannot be written: Not a directory"),
+        ("x" * 300, "cannot be written: File name too long"),
+    ],
+)
+def test_a_workdir_where_nothing_can_be_made(where, expected, train, capsys):
+    assert main([f"--config={QUICKSTART}", f"--workdir={where}"]) == 2
+    assert expected in one_line(capsys)
+
+
+def test_a_workdir_on_a_disk_that_is_read_only(train, tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert main(command(tmp_path)) == 2
+    assert "cannot be written: Read-only file system" in one_line(capsys)
+
+
+def test_a_workdir_has_one_run_at_a_time(train, tmp_path, capsys):
+    with held(tmp_path / "run"):
+        assert main(command(tmp_path)) == 2
+        told = one_line(capsys)
+    assert (
+        f"{tmp_path / 'run'} is in use by process {os.getpid()} on {socket.gethostname()}" in told
+    )
+    assert train.calls == []
+    assert main(command(tmp_path)) == 0
+    assert main(command(tmp_path)) == 0
+
+
+def test_the_run_has_the_workdir_until_it_ends(train, tmp_path, monkeypatch):
+    def run(config, workdir):
+        with pytest.raises(UserError, match="in use by"), held(workdir):
+            pass
+        train.calls.append(workdir)
+
+    monkeypatch.setattr(sys.modules["vtriune_jax.train"], "run", run)
+    assert main(command(tmp_path)) == 0
+    assert train.calls
 
 
 def test_a_user_error_is_one_line(train, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ from vtriune_jax.verifiers.request import check_health
 @dataclass(frozen=True)
 class Parts:
     """What `train.run` works with; nothing here changes during a run but the verifiers' state, and
-    what was told of them."""
+    what was told of faults."""
 
     config: Any
     mesh: Mesh
@@ -60,6 +61,8 @@ class Parts:
     engine: LocalEngine | ServedEngine
     verifiers: VerifierClient | InProcess
     failures: Failures = field(default_factory=Failures)
+    told_of: set[str] = field(default_factory=set)
+    """Sources of whose bad rows, passed over in training, the run has told."""
 
     @property
     def served(self) -> ServedEngine | None:
@@ -224,10 +227,30 @@ def _heldout(config: Any, check: Check | None) -> tuple[Sample, ...]:
 
 def _checkpoint_path(config: Any, workdir: Path) -> Path:
     if config.model.path:
-        return Path(config.model.path).expanduser()
+        path = Path(config.model.path).expanduser()
+        _check_model(path)
+        return path
     path = workdir / "model"
     hosts.from_first(lambda: str(ensure_tiny(path, config.model.tiny, digits.texts(), config.seed)))
     return path
+
+
+def _check_model(path: Path) -> None:
+    """UserError, with what was meant perhaps, for what cannot be a checkpoint folder."""
+    if not path.is_dir():
+        hint = "give the folder of a Qwen2.5-VL checkpoint"
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+            folder = Path("models") / path.name
+            hint = (
+                f"names on the hub are not fetched, download it first: hf download {path} "
+                f"--local-dir {folder}, then model.path={folder}"
+            )
+        raise UserError(f"model.path={path} is no folder; {hint}")
+    if (path / "checkpoints").is_dir():  # of a run
+        hint = f"export one: python -m vtriune_jax.export --checkpoint={path} --out=FOLDER"
+        if (path / "final" / "config.json").is_file():
+            hint = f"did you mean {path / 'final'}?"
+        raise UserError(f"model.path={path} is the workdir of a run, not a model; {hint}")
 
 
 def _fingerprint(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import math
 import re
 import sys
+import traceback
 from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,13 +19,25 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from vtriune_jax.config_tables import DIVISIBLE, FREE, RELATIONS, RULES, Test
+from vtriune_jax.config_tables import DIVISIBLE, RELATIONS, RULES, Test
 from vtriune_jax.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BASE = REPOSITORY / "configs" / "base.py"
 STARTED_IN = "started_in"
 """A key of a run's `config.json` beside the config's: the folder of its relative paths."""
+_FAULTS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+"""What a slip of the pen in a config file raises."""
 
 
 def load(path: str, overrides: Sequence[tuple[str, str]] = ()) -> FrozenConfigDict:
@@ -82,33 +94,6 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
     return flat
 
 
-def record(config: Any, workdir: Path) -> None:
-    """Writes `config.json` into the workdir, or checks that the run there had the same settings.
-
-    Raises UserError, with the old and the new values, if a key outside of FREE changed: a resumed
-    run would then not be the run that it continues.
-    """
-    path = workdir / "config.json"
-    text = json.dumps({**config.to_dict(), STARTED_IN: str(Path.cwd())}, indent=2) + "\n"
-    if path.exists():
-        old, new = flatten(json.loads(path.read_text())), flatten(json.loads(text))
-        free = rf"{FREE}|{config.stages[-1]}\.steps|{STARTED_IN}"
-        changed = [
-            f"{key} {json.dumps(old.get(key))} → {json.dumps(new.get(key))}"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not re.fullmatch(free, key)
-        ]
-        if changed:
-            raise UserError(
-                f"{workdir} holds a run with other settings ({'; '.join(changed)}): "
-                "choose a new --workdir, or the old settings to resume it"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    scratch = workdir / "config.json.part"
-    scratch.write_text(text)
-    scratch.replace(path)
-
-
 def _execute(path: Path) -> ConfigDict:
     """A fresh config from a file's get_config()."""
     if not path.is_file():
@@ -121,10 +106,42 @@ def _execute(path: Path) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file; a config is one, with get_config()")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"{path} has no get_config(); see configs/quickstart.py for the form")
-    return module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{path} has no get_config(); see configs/quickstart.py for the form")
+        config = module.get_config()
+    except UserError:
+        raise
+    except _FAULTS as error:
+        raise UserError(
+            f"{_line_of(error, path)}: {type(error).__name__}: {_words(error)}; mend the file"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"{path}: get_config() returns {config!r:.100}, expected the config: end it with "
+            "`return config`"
+        )
+    return config
+
+
+def _line_of(error: BaseException, path: Path) -> str:
+    """The file, and its line that an error came from, if one can be told."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename) == path
+    ]
+    if isinstance(error, SyntaxError):
+        path, lines = Path(error.filename or path), [error.lineno]
+    return f"{path} line {lines[-1]}" if lines else str(path)
+
+
+def _words(error: Any) -> str:
+    while error.args and isinstance(error.args[0], KeyError):  # as ConfigDict wraps them
+        error = error.args[0]
+    text = error.args[0] if isinstance(error, KeyError | SyntaxError) and error.args else error
+    return " ".join(str(text).split())
 
 
 def _put(config: ConfigDict, key: str, value: Any) -> bool:

@@ -222,7 +222,7 @@ def generation_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _run_config(workdir: Path) -> dict[str, Any]:
-    """The settings of a run as `config.record` wrote them."""
+    """The settings of a run as `workdir.record` wrote them."""
     file = workdir / "config.json"
     try:
         found = json.loads(file.read_text())

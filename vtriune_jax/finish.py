@@ -115,7 +115,7 @@ def sample_view(group: Group, verdict: Verdict, patch: int) -> SampleView:
     image, predicted, true = None, [], []
     if sample.images:
         image = sample.images[0]
-        stored = decode(image, sample.id).size
+        stored = decode(image, sample.place).size
         rows, columns = (int(n) * patch for n in group.prompt.grid_thw[0, 1:])
         processed = (columns, rows)
         normalized = sample.reward.params.get("det_verifier_normalized")

@@ -26,6 +26,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from absl import flags
 from vtriune_jax import config as configs
 from vtriune_jax.commands import fill, keep_programs, return_memory, tell_compilers
 from vtriune_jax.errors import UserError
+from vtriune_jax.workdir import held, settle
 
 
 def main(argv: Sequence[str]) -> int:
@@ -95,12 +97,26 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[tuple[str, str]]]
     flags.DEFINE_integer("wait", 300, "", flag_values=options, lower_bound=1)
     flags.DEFINE_bool("help", False, "", flag_values=options, short_name="h")
     overrides, others = split_overrides(argv)
-    fill(options, others, ("--config=configs/quickstart.py", "--workdir=runs/NAME"))
+    try:
+        fill(options, others, ("--config=configs/quickstart.py", "--workdir=runs/NAME"))
+    except UserError as error:
+        options.mark_as_parsed()  # as far as absl came
+        raise UserError(f"{error}{_config_mistakes(options.config, overrides)}") from error
     if "://" in (options.workdir or ""):
         raise UserError(
             f"--workdir={options.workdir} is not a local folder; launch/tpu_vm.sh copies to gs://"
         )
     return options, overrides
+
+
+def _config_mistakes(path: str | None, overrides: Sequence[tuple[str, str]]) -> str:
+    """What else is wrong, for a command line that is wrong itself."""
+    try:
+        if path:
+            configs.load(path, overrides)
+    except UserError as error:
+        return f"; besides, {error}"
+    return ""
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -128,20 +144,13 @@ def train(options: flags.FlagValues, overrides: Sequence[tuple[str, str]]) -> No
     hosts.join(options.coordinator, options.processes, options.process, options.wait)
     workdir = Path(options.workdir).expanduser()
     hosts.check_same("settings", _settings(config, jax.__version__))
-    hosts.from_first(lambda: _record(config, workdir))
-    hosts.check_shared(workdir)
-    from vtriune_jax.train import run
+    with ExitStack() as stack:
+        hosts.from_first(lambda: stack.enter_context(held(workdir)))
+        hosts.from_first(lambda: settle(config, workdir))
+        hosts.check_shared(workdir)
+        from vtriune_jax.train import run
 
-    run(config, workdir)
-
-
-def _record(config: Any, workdir: Path) -> None:
-    try:
-        configs.record(config, workdir)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(
-            f"--workdir={workdir} cannot be written: {error.strerror}; choose a folder of yours"
-        ) from error
+        run(config, workdir)
 
 
 def _settings(config: Any, version: str) -> dict[str, Any]:

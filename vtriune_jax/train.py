@@ -17,7 +17,7 @@ from vtriune_jax.ahead import Ahead, Drawn
 from vtriune_jax.assemble import Parts, assemble
 from vtriune_jax.checkpoint import Checkpointer
 from vtriune_jax.collect import Collected, collect
-from vtriune_jax.data.feed import feed, tell
+from vtriune_jax.data.feed import feed, tell_once
 from vtriune_jax.draw import START, prompts_ahead, responder
 from vtriune_jax.evaluate import evaluate, read_means, save_means
 from vtriune_jax.finish import finish
@@ -28,6 +28,7 @@ from vtriune_jax.steps import Compiled, Told, advantages, begin, lay_out
 from vtriune_jax.timeline import Clock, Timeline
 from vtriune_jax.types import Batch, TrainState
 from vtriune_jax.waiting import first_from, from_arrays, to_arrays
+from vtriune_jax.workdir import record
 from vtriune_jax.writers import MetricsWriter, Progress
 
 
@@ -79,10 +80,12 @@ def train(
             position = restored.extra
             ready = from_arrays(restored.waiting, parts.prompter.decode)
         done, seconds = position["done"], position["seconds"]
-        if writer and done < stage.steps:
-            writer.resume(stage.start + done)
         began = time.monotonic() - seconds
         prompts = prompts_ahead(stage, position, parts, source)
+        if done < stage.steps:
+            hosts.from_first(partial(record, config, workdir))
+            if writer:
+                writer.resume(stage.start + done)
 
         def sample(step: int, params: Any, first: Drawn, clock: Clock) -> Collected:
             answer = responder(stage, step, prompts, parts)
@@ -109,7 +112,7 @@ def train(
                 if step > done and checkpoints.due(step):
                     save(step)
                 got, clock = rollouts.take(step, state.params)
-                tell(got.skipped, f"{stage.name} step {step + 1}")
+                tell_once(got.skipped, f"{stage.name} step {step + 1}", parts.told_of)
                 if stage.sampling:
                     judged = got.all_groups, got.all_verdicts
                     parts.failures.tell(*judged, stage.name, first=step == done)
@@ -120,7 +123,7 @@ def train(
                 if parts.served and stage.sampling:
                     with clock("sync"):
                         pushed = parts.served.push(state.params, stage.start + step + 1)
-                record = metrics.finish(
+                found = metrics.finish(
                     sums,
                     got.all_groups if got.all_verdicts else [],
                     got.all_verdicts,
@@ -131,8 +134,8 @@ def train(
                     told,
                 )
                 if writer:
-                    writer.write(stage.start + step, record | pushed, stage.name)
-                    progress(stage.name, step + 1, stage.steps, record)
+                    writer.write(stage.start + step, found | pushed, stage.name)
+                    progress(stage.name, step + 1, stage.steps, found)
                 del got, batch  # image features, which would lie beside those of the next step
             if done < stage.steps:
                 save(stage.steps)

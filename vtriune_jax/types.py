@@ -56,6 +56,13 @@ class Sample:
     ability: str = ""
     demonstration: str = ""
     """What SFT imitates: `extra_info.demonstration`, else `reward_model.ground_truth`."""
+    where: str = field(default="", compare=False, repr=False)
+    """The file and the row, for errors; ids are the user's own, and may repeat."""
+
+    @property
+    def place(self) -> str:
+        """How errors name it."""
+        return self.where or f"sample {self.id} of {self.data_source}"
 
 
 # ------------------------------------------------------------------------------------- prompts

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.data.conftest import make_sample
 from vtriune_jax.data import feed as module
-from vtriune_jax.data.feed import Skipped, feed, tell
+from vtriune_jax.data.feed import Skipped, feed, tell, tell_once
 from vtriune_jax.data.mixture import Mixture
 from vtriune_jax.errors import UserError
 
@@ -70,6 +70,15 @@ def test_bad_samples_are_left_out_and_told_of(capsys):
     tell(skipped, "held-out")
     tell([], "held-out")
     assert capsys.readouterr().out == "held-out: bad rows skipped: 2, the first: a1! is broken\n"
+
+
+def test_of_each_source_the_first_bad_row_is_told(capsys):
+    told = set()
+    for step, rows in enumerate([["a1"], [], ["a4", "b2", "b3"], ["b1", "a1"]]):
+        tell_once([Skipped(row[0], f"{row} is broken") for row in rows], f"step {step}", told)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 0: a bad row of a is skipped (a1 is broken); further ones are")
+    assert second.startswith("step 2: a bad row of b is skipped (b2 is broken); further ones are")
 
 
 @given(threads=st.integers(1, 6), counts=st.lists(st.integers(1, 12), min_size=1, max_size=6))

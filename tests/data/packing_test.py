@@ -235,15 +235,15 @@ def test_minibatches_keep_the_order(groups, batch):
     [
         (
             {"prompt_tokens": 9},
-            "sample row-0: the prompt has 10 tokens, its slot 9; raise batch.prompt_tokens",
+            "sample row-0 of \\w+: the prompt has 10 tokens, its slot 9; raise batch.prompt_tokens",
         ),
         (
             {"completion_tokens": 4},
-            "sample row-0: the completion has 5 tokens, its slot 4; raise batch.completion_tokens",
+            "sample row-0 of \\w+: the .* has 5 tokens, its slot 4; raise batch.completion_tokens",
         ),
         (
             {"windows": 0},
-            "sample row-0: its images fill 1 windows, batch.windows=0; raise batch.windows",
+            "sample row-0 of \\w+: its images fill 1 windows, batch.windows=0; raise batch.windows",
         ),
     ],
 )
@@ -253,6 +253,10 @@ def test_what_does_not_fit_is_named(slots, message):
         pack([group], *np.ones((2, 1, 1)), SOURCES, dataclasses.replace(SLOTS, **slots))
     with pytest.raises(UserError, match=message):
         check_fits(group.prompt, 5, dataclasses.replace(SLOTS, **slots))
+    placed = dataclasses.replace(group.prompt.sample, where="mine.parquet row 3")
+    found = dataclasses.replace(group.prompt, sample=placed)
+    with pytest.raises(UserError, match=rf"^mine.parquet row 3: {message.split(': ')[1]}"):
+        check_fits(found, 5, dataclasses.replace(SLOTS, **slots))
     full = dataclasses.replace(SLOTS, prompt_tokens=10, completion_tokens=5, windows=1)
     check_fits(group.prompt, 5, full)
     assert pack([group], *np.ones((2, 1, 1)), SOURCES, full).segments.all()

@@ -379,10 +379,28 @@ def test_damaged_files(tmp_path):
             sources.load(str(bad), "train")
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.jsonl", "json"), ("a.json", "json"), ("a.csv", "csv"), ("a.jsonl.gz", "json")],
+)
+def test_other_formats_are_told_how_to_become_parquet(tmp_path, name, kind):
+    (tmp_path / name).write_text('{"data_source": "toy"}\n')
+    for given in (tmp_path / name, tmp_path / "a.*"):
+        text = error_of(given)
+        assert f'load_dataset("{kind}", data_files="{tmp_path / name}", split="train")' in text
+        assert text.endswith(f'.to_parquet("{tmp_path / "a.parquet"}")')
+
+
 def test_empty_and_missing(tmp_path):
     path = write_plain(tmp_path / "a.parquet", schema=schema.arrow_schema())
     assert "the file has no rows" in error_of(path)
-    for name in (tmp_path / "nothing.parquet", "data/nothing.parquet", "tests/nothing", "nothing"):
+    for name in (
+        tmp_path / "nothing.parquet",
+        "data/nothing.parquet",
+        "tests/nothing",
+        "nothing",
+        "o/n.jsonl",
+    ):
         assert "does not exist" in error_of(name)
     assert "matches no file" in error_of(tmp_path / "*.parquet.gz")
     (tmp_path / "empty").mkdir()

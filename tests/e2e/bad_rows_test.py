@@ -49,7 +49,7 @@ def skipping(keys, tmp_path_factory):
 def test_a_broken_picture_ends_the_run(keys, tmp_path, capsys):
     assert main(arguments(tmp_path / "run", **keys)) == 2
     error = capsys.readouterr().err
-    assert "the image cannot be decoded" in error
+    assert re.match(r"error: /\S+_math.parquet row \d: the image cannot be decoded", error)
     assert error.count("\n") == 1
 
 
@@ -61,12 +61,22 @@ def test_skipped_rows_are_counted_and_replaced(skipping):
     assert counts == [line.get("skipped_rows/digits_math", 0) for line in lines]
 
 
+def test_the_first_bad_row_of_a_source_is_told_of(keys, tmp_path, capsys):
+    changed = {**keys, "data_on_bad_row": "skip", "eval_rows_per_source": 0}
+    changed |= {"stages": "sft,grpo", "grpo_steps": 2}
+    assert main(arguments(tmp_path / "run", **changed)) == 0
+    [told] = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    pattern = r"sft step \d: a bad row of digits_math is skipped \(/\S+_math.parquet row \d: the im"
+    assert re.match(pattern, told)
+
+
 def test_a_resumed_run_skips_the_same(skipping, keys, tmp_path, capsys):
     for steps in (2, 4, 6):
         changed = {**keys, "sft_steps": steps, "data_on_bad_row": "skip"}
         assert main(arguments(tmp_path / "run", **changed)) == 0
     out = capsys.readouterr().out
-    assert "held-out: bad rows skipped: 2, the first: sample math-heldout-0-0" in out
+    heldout = keys["data_heldout"][0]
+    assert f"held-out: bad rows skipped: 2, the first: {heldout} row 0: the image cannot be" in out
     assert re.search(r"digits_counting .* 4 +0\n", out)  # judged and failed, in the last table
     assert re.search(r"digits_math .* 2 +0\n", out)
     for got, want in zip(records(tmp_path / "run"), records(skipping), strict=True):
@@ -80,5 +90,5 @@ def test_rows_that_do_not_fit_are_bad_too_and_not_all_may_be_bad(keys, key, tmp_
     changed = {"data_on_bad_row": "skip", key: 3, "eval_rows_per_source": 0}
     assert main(arguments(tmp_path / "run", **{**keys, **changed})) == 2
     error = capsys.readouterr().err
-    assert "rows in succession can be used, the last one because: sample" in error
+    assert re.search(r"can be used, the last one because: /\S+train_\w+.parquet row \d: the", error)
     assert f"its slot 3; raise {key.replace('_', '.', 1)} or drop the row" in error

@@ -1,5 +1,6 @@
 """Every mistake in the input ends in one line that names the thing and the remedy."""
 
+import json
 import os
 import re
 import shutil
@@ -133,6 +134,7 @@ def test_a_start_at_which_nothing_is_judged(fails, own, rows_before, what):
 
 def test_completions_longer_than_their_slot(fails, tmp_path):
     text = fails(stages="sft", batch_completion_tokens=3, eval_rows_per_source=0)
+    assert re.match(r"error: /\S+/train_\w+.parquet row \d+: the demonstration has \d+ tok", text)
     assert "tokens, its slot 3; raise batch.completion_tokens or drop the row" in text
 
 
@@ -170,11 +172,25 @@ def test_a_model_that_is_no_checkpoint(fails, tmp_path, warm):
     assert str(tmp_path / "copy" / "model.safetensors") in fails(model_path=tmp_path / "copy")
 
 
+def test_a_run_and_a_name_on_the_hub_given_as_the_model(fails, tmp_path, warm):
+    assert f"is the workdir of a run, not a model; did you mean {warm}/final?" in fails(
+        model_path=warm
+    )
+    (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
+    text = fails(model_path=tmp_path / "unfinished")
+    assert f"python -m vtriune_jax.export --checkpoint={tmp_path / 'unfinished'}" in text
+    text = fails(model_path="Qwen/Qwen2.5-VL-3B-Instruct")
+    assert "names on the hub are not fetched, download it first: hf download Qwen/Qwen2.5" in text
+    assert f"model.path={tmp_path / 'no'} is no folder; give the folder" in fails(
+        model_path=tmp_path / "no"
+    )
+
+
 @pytest.mark.parametrize(("stage", "heldout"), [("sft", 0), ("grpo", 0), ("grpo", 2)])
 def test_prompts_longer_than_their_slot(fails, stage, heldout):
     """In imitation, in a rollout and in the evaluation."""
     text = fails(stages=stage, batch_prompt_tokens=20, eval_rows_per_source=heldout)
-    assert re.search(r"sample '?\w+-(train|heldout)-0-\d+'?", text)
+    assert re.match(r"error: /\S+/(train|heldout)_\w+.parquet row \d+: the prompt has", text)
     assert "20" in text
     assert "raise batch.prompt_tokens or drop the row" in text
 
@@ -266,9 +282,36 @@ def test_a_disk_that_is_too_full_for_a_checkpoint(fails, tmp_path, monkeypatch):
 
 
 def test_settings_of_another_run(fails, tmp_path, warm, data):
+    """They are refused once something was trained, and what is refused leaves all as it was."""
+    keys = {"model_path": warm / "final", "stages": "sft", "sft_steps": 2, **data}
     fails(stages="sft", batch_windows=1)
-    text = fails(stages="sft", batch_windows=1, seed=7)
+    assert main(arguments(tmp_path / "run", **keys)) == 0
+    noted = (tmp_path / "run" / "config.json").read_bytes()
+    text = fails(stages="sft", sft_steps=2, grpo_steps=3, seed=7)
     assert "holds a run with other settings (seed 0 → 7): choose a new --workdir" in text
+    text = fails(stages="sft", sft_steps=1, grpo_steps=3)
+    assert "sft.steps=1, but the run in" in text
+    assert "has trained 2 steps already: choose 2 or more, or a new --workdir" in text
+    fails(stages="sft", sft_steps=3, grpo_steps=3, mesh_data=3)
+    assert (tmp_path / "run" / "config.json").read_bytes() == noted
+
+
+def test_a_resume_that_other_data_refuse_leaves_the_settings(fails, tmp_path, warm, data):
+    keys = {"model_path": warm / "final", "stages": "sft", "sft_steps": 1, "grpo_steps": 1}
+    keys |= data | file_of(tmp_path, rows())
+    assert main(arguments(tmp_path / "run", **keys)) == 0
+    noted = (tmp_path / "run" / "config.json").read_bytes()
+    text = fails(**keys | file_of(tmp_path, [*rows(), rows()[0]]) | {"sft_steps": 2})
+    assert "has 3 rows, the checkpoint saw 2" in text
+    assert (tmp_path / "run" / "config.json").read_bytes() == noted
+    keys |= file_of(tmp_path, rows()) | {"sft_steps": 2}
+    assert main(arguments(tmp_path / "run", **keys)) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["sft"]["steps"] == 2
+
+
+def test_a_mistake_at_the_first_start_locks_nothing(fails, tmp_path, warm, data):
+    fails(data_heldout=("nowhere.parquet",))
+    assert main(arguments(tmp_path / "run", model_path=warm / "final", stages="sft", **data)) == 0
 
 
 def test_as_a_program(tmp_path, warm, data):

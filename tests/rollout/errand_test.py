@@ -34,7 +34,9 @@ def test_completions_and_their_logps(pair, oracle):
         check(once, PROMPTS, oracle, greedy)
         for one, other in zip(once, again, strict=True):
             np.testing.assert_array_equal(one.completions[0].ids, other.completions[0].ids)
-        with pytest.raises(UserError, match="sample '6' has 16 tokens, more than the 15 allowed"):
+        with pytest.raises(
+            UserError, match=r"sample 6 of .*: the prompt has 16 tokens, more than the 15 allowed"
+        ):
             made.generate(None, PROMPTS, None, SAMPLING, None, 15)
 
 

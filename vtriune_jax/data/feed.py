@@ -110,3 +110,15 @@ def tell(skipped: list[Skipped], whose: str) -> None:
     """One line about bad rows that were passed over, if there are any."""
     if skipped:
         print(f"{whose}: bad rows skipped: {len(skipped)}, the first: {skipped[0].fault}")
+
+
+def tell_once(skipped: Iterable[Skipped], whose: str, told: set[str]) -> None:
+    """A line about the first bad row of each source that is not in `told` yet, and then is."""
+    for row in skipped:
+        if row.data_source not in told:
+            told.add(row.data_source)
+            print(
+                f"{whose}: a bad row of {row.data_source} is skipped ({row.fault}); further ones "
+                "are only counted: skipped_rows in metrics.jsonl",
+                flush=True,
+            )

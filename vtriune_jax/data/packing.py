@@ -109,9 +109,9 @@ def stack_vision(prompts: Sequence[Prompt], slots: Slots) -> Vision:
     return layout.stack_visions([prompt.vision for prompt in prompts], slots.windows)
 
 
-def check_fits(prompt: Prompt, completion: int, slots: Slots) -> None:
-    """Raises the UserError of `pack` early, for a prompt and the tokens of its completion."""
-    _check_tokens(prompt, completion, slots)
+def check_fits(prompt: Prompt, demonstration: int, slots: Slots) -> None:
+    """Raises the UserError of `pack` early, for a prompt and the tokens of its demonstration."""
+    _check_tokens(prompt, demonstration, slots, "demonstration")
     _check_windows(prompt, slots)
 
 
@@ -171,15 +171,17 @@ def _images(
     return {"vision": jax.tree.map(lambda x: x.reshape(*prompt_of.shape, *x.shape[1:]), vision)}
 
 
-def _check_tokens(prompt: Prompt, completion: int, slots: Slots) -> None:
-    for name, size, limit in (
-        ("prompt", len(prompt.ids), slots.prompt_tokens),
-        ("completion", completion, slots.completion_tokens),
+def _check_tokens(
+    prompt: Prompt, completion: int, slots: Slots, called: str = "completion"
+) -> None:
+    for name, key, size, limit in (
+        ("prompt", "prompt", len(prompt.ids), slots.prompt_tokens),
+        (called, "completion", completion, slots.completion_tokens),
     ):
         if size > limit:
             raise UserError(
-                f"sample {prompt.sample.id}: the {name} has {size} tokens, its slot {limit}; "
-                f"raise batch.{name}_tokens or drop the row"
+                f"{prompt.sample.place}: the {name} has {size} tokens, its slot {limit}; "
+                f"raise batch.{key}_tokens or drop the row"
             )
 
 
@@ -187,6 +189,6 @@ def _check_windows(prompt: Prompt, slots: Slots) -> None:
     windows = prompt.vision.patches.shape[0]
     if windows > slots.windows:
         raise UserError(
-            f"sample {prompt.sample.id}: its images fill {windows} windows, batch.windows="
+            f"{prompt.sample.place}: its images fill {windows} windows, batch.windows="
             f"{slots.windows}; raise batch.windows or lower data.max_pixels"
         )

@@ -131,7 +131,7 @@ class Prompter:
 
     def __call__(self, sample: Sample, step: int = 0) -> Prompt:
         """The prompt of a sample; `step` varies the reasoning instruction."""
-        where = f"sample {sample.id} of {sample.data_source}"
+        where = sample.place
         merge = self._processor.image_processor.merge_size
         patches, grid = images.patches(
             sample.images, self._processor.image_processor, where, **self._limits
@@ -167,10 +167,9 @@ class Prompter:
     def pictures(self, prompt: Prompt) -> list[bytes]:
         """The images of a prompt as PNGs of the size at which the model sees them."""
         processor, sample = self._processor.image_processor, prompt.sample
-        where = f"sample {sample.id} of {sample.data_source}"
         side = processor.patch_size
         return [
-            images.as_png(data, (int(columns) * side, int(rows) * side), processor, where)
+            images.as_png(data, (int(columns) * side, int(rows) * side), processor, sample.place)
             for data, (_, rows, columns) in zip(sample.images, prompt.grid_thw, strict=True)
         ]
 

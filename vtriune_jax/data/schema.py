@@ -108,6 +108,16 @@ def check_columns(schema: pa.Schema, where: str) -> None:
         found = _find(schema, path, where)
         if not fits(found):
             raise UserError(f"{where}: column {path} is {found}, expected {expected}; {_REMEDY}")
+    for path, expected, fits in (
+        ("ability", "string", _is_string),
+        ("reward_model.answer", "string", _is_string),
+        ("reward_model.verifier_parm", "struct or JSON in a string", _is_object),
+        ("extra_info", "struct or JSON in a string", _is_object),
+        ("extra_info.demonstration", "string", _is_string),
+    ):
+        found = _look(schema, path)
+        if not (found is None or pa.types.is_null(found) or fits(found)):
+            raise UserError(f"{where}: column {path} is {found}, expected {expected}; {_REMEDY}")
 
 
 def to_sample(
@@ -128,15 +138,17 @@ def to_sample(
             f"write {IMAGE} once per image"
         )
     reward = _reward(row["reward_model"] or {}, where, known_verifiers)
-    extra = row.get("extra_info") or {}
+    extra = _object(row.get("extra_info"), "extra_info", where)
+    demonstration = _optional_text(extra.get("demonstration"), "extra_info.demonstration", where)
     return Sample(
         data_source=_text(row["data_source"], "data_source", where),
         id=str(extra["id"]) if extra.get("id") is not None else default_id,
         images=images,
         messages=messages,
         reward=reward,
-        ability=row.get("ability") or "",
-        demonstration=extra.get("demonstration") or reward.ground_truth,
+        ability=_optional_text(row.get("ability"), "ability", where),
+        demonstration=demonstration or reward.ground_truth,
+        where=where,
     )
 
 
@@ -243,25 +255,30 @@ def _reward(
     return RewardConfig(
         verifier=verifier,
         ground_truth=_text(config.get("ground_truth"), "reward_model.ground_truth", where),
-        answer=config.get("answer") or "",
+        answer=_optional_text(config.get("answer"), "reward_model.answer", where),
         accuracy_ratio=accuracy,
         format_ratio=format_ratio,
-        params=_parameters(config.get("verifier_parm") or {}, where),
+        params=_parameters(config.get("verifier_parm"), where),
     )
 
 
-def _parameters(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    params = without_nulls(given)
-    text = params.pop("json", "{}")
-    try:
-        others = json.loads(text)
-    except ValueError:
-        others = None
-    if not isinstance(others, dict):
-        raise UserError(
-            f"{where}: reward_model.verifier_parm.json is {text!r}, expected a JSON object"
-        )
-    return params | others
+def _parameters(given: Any, where: str) -> dict[str, Any]:
+    name = "reward_model.verifier_parm"
+    params = without_nulls(_object(given, name, where))
+    return params | _object(params.pop("json", None), f"{name}.json", where)
+
+
+def _object(value: Any, name: str, where: str) -> dict[str, Any]:
+    """A struct, or JSON in a text; {} for what is not there."""
+    found = value
+    if isinstance(value, str):
+        try:
+            found = json.loads(value or "{}")
+        except (ValueError, RecursionError):
+            found = value
+    if not isinstance(found, Mapping | None):
+        raise UserError(f"{where}: {name} is {value!r:.200}, expected a JSON object; {_REMEDY}")
+    return dict(found or {})
 
 
 def without_nulls(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,6 +307,12 @@ def _text(value: Any, name: str, where: str) -> str:
     return value
 
 
+def _optional_text(value: Any, name: str, where: str) -> str:
+    if not isinstance(value, str | None):
+        raise UserError(f"{where}: {name} is {value!r}, expected a text or nothing; {_REMEDY}")
+    return value or ""
+
+
 # -------------------------------------------------------------------------------------- types
 
 
@@ -314,17 +337,31 @@ def _arrow_type(kind: Any) -> pa.DataType:
 
 
 def _find(schema: pa.Schema, path: str, where: str) -> pa.DataType:
+    if (kind := _look(schema, path)) is None:
+        found = ", ".join(schema.names)
+        raise UserError(f"{where}: column {path} is missing (found: {found}); {_REMEDY}")
+    return kind
+
+
+def _look(schema: pa.Schema, path: str) -> pa.DataType | None:
     kind: Any = pa.struct(list(schema))
     for name in path.split("."):
         if not pa.types.is_struct(kind) or kind.get_field_index(name) < 0:
-            found = ", ".join(schema.names)
-            raise UserError(f"{where}: column {path} is missing (found: {found}); {_REMEDY}")
+            return None
         kind = kind.field(name).type
     return kind
 
 
 def _is_string(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_object(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) or _is_string(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -337,9 +374,11 @@ def _is_images(kind: Any) -> bool:
     if not _is_list(kind):
         return False
     cell = kind.value_type
-    if pa.types.is_struct(cell):
-        return cell.get_field_index("bytes") >= 0 or cell.get_field_index("path") >= 0
-    return pa.types.is_binary(cell) or pa.types.is_large_binary(cell) or pa.types.is_null(cell)
+    if not pa.types.is_struct(cell):
+        return _is_binary(cell)
+    fits = {"bytes": _is_binary, "path": lambda kind: _is_string(kind) or pa.types.is_null(kind)}
+    held = [field for field in cell if field.name in fits]
+    return bool(held) and all(fits[field.name](field.type) for field in held)
 
 
 def _is_prompt(kind: Any) -> bool:

@@ -35,6 +35,7 @@ Check = Callable[[Sequence[Asked]], Sequence[str]]
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FOLDER: dict[Split, str] = {"train": "train", "heldout": "test"}
+_OTHERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
 _PARQUET: dict[str, Any] = {"row_group_size": 1024, "write_page_checksum": True}
 
 
@@ -145,7 +146,7 @@ def load(
         tables = _read_saved(source, path, split)
     elif path.is_dir():
         tables = _read_files(_files_in(path, split))
-    elif _HUB_NAME.fullmatch(source) and path.suffix != ".parquet" and not path.parent.is_dir():
+    elif _may_be_on_hub(source, path):
         tables = _read_hub(source, split)
     else:
         raise UserError(
@@ -183,12 +184,26 @@ def _read_files(paths: Sequence[Path]) -> Iterator[tuple[str, pa.Table]]:
             str(table.schema)  # damage in a column's name shows when it is decoded
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"{path}: not a readable parquet file ({schema.reason(error)}); "
-                "write or download it again"
+                f"{path}: not a readable parquet file ({schema.reason(error)}); {_remedy(path)}"
             ) from error
         if not table.num_rows:
             raise UserError(f"{path}: the file has no rows; remove it or fill it")
         yield str(path), table
+
+
+def _remedy(path: Path) -> str:
+    if (kind := _other_format(path)) is None:
+        return "write or download it again"
+    name = str(path).removesuffix("".join(path.suffixes)) + ".parquet"
+    return (
+        "parquet is read, and what Dataset.save_to_disk saves; convert it: datasets.load_dataset("
+        f'"{kind}", data_files="{path}", split="train").to_parquet("{name}")'
+    )
+
+
+def _other_format(path: Path) -> str | None:
+    """What `datasets` calls the format that a file is in by its name, if it is one of these."""
+    return next((_OTHERS[suffix] for suffix in path.suffixes[-2:] if suffix in _OTHERS), None)
 
 
 def _files_of(source: str, path: Path) -> list[Path]:
@@ -238,6 +253,11 @@ def _read_saved(source: str, path: Path, split: Split) -> list[tuple[str, pa.Tab
             )
         saved = saved[_FOLDER[split]]
     return [(source, saved.with_format("arrow")[:])]
+
+
+def _may_be_on_hub(source: str, path: Path) -> bool:
+    a_file = path.suffix == ".parquet" or _other_format(path) is not None
+    return bool(_HUB_NAME.fullmatch(source)) and not a_file and not path.parent.is_dir()
 
 
 def _read_hub(source: str, split: Split) -> list[tuple[str, pa.Table]]:

@@ -237,10 +237,9 @@ class Errand:
         raise self._give_up(f"{self.complaint}{advice}") from error
 
     def _give_up(self, why: str) -> UserError:
-        sample = self.prompt.sample
         return UserError(
-            f"rollout: sample {sample.id} of {sample.data_source} cannot be completed: {why}; the "
-            "server's log may say more"
+            f"rollout: {self.prompt.sample.place} cannot be completed: {why}; the server's log "
+            "may say more"
         )
 
     def _abort(self, server: Server, rid: str) -> None:

@@ -152,7 +152,7 @@ def pad_prompts(prompts: Sequence[Prompt], pad_id: int, tokens: int) -> PaddedPr
         start = tokens - len(prompt.ids)
         if start < 0:
             raise UserError(
-                f"the prompt of sample {prompt.sample.id!r} has {len(prompt.ids)} tokens, more "
+                f"{prompt.sample.place}: the prompt has {len(prompt.ids)} tokens, more "
                 f"than the {tokens} allowed; raise batch.prompt_tokens or drop the row"
             )
         ids[row, start:] = prompt.ids

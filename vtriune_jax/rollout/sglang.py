@@ -89,7 +89,7 @@ class SGLangEngine:
         for prompt in prompts:
             if len(prompt.ids) > prompt_tokens:
                 raise UserError(
-                    f"the prompt of sample {prompt.sample.id!r} has {len(prompt.ids)} tokens, more "
+                    f"{prompt.sample.place}: the prompt has {len(prompt.ids)} tokens, more "
                     f"than the {prompt_tokens} allowed; raise batch.prompt_tokens or drop the row"
                 )
         return list(self.submit(prompts, sampling).result().groups)
@@ -175,13 +175,13 @@ class SGLangEngine:
         return await asyncio.to_thread(convert) if len(prompt.grid_thw) else convert()
 
     def _too_late(self, left: Sequence[Errand], count: int) -> UserError:
-        sample = left[0].prompt.sample
+        first = left[0].prompt.sample.place
         said = next((errand.complaint for errand in left if errand.complaint), "")
         said = f" (last failure: {said})" if said else ""
         return UserError(
-            f"rollout: {len(left)} of {count} prompts, the first sample {sample.id} of "
-            f"{sample.data_source}, are not complete after {self._deadline:g} s{said}; servers: "
-            f"{self._fleet.describe()}; mend or add servers, or raise rollout.deadline_seconds"
+            f"rollout: {len(left)} of {count} prompts, the first {first}, are not complete after "
+            f"{self._deadline:g} s{said}; servers: {self._fleet.describe()}; mend or add servers, "
+            "or raise rollout.deadline_seconds"
         )
 
 
