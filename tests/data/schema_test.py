@@ -1,4 +1,4 @@
-"""Columns and cells that rows need not have; the others are in sources_test.py."""
+"""Columns: missing ones, those of another type, and those that rows need not have."""
 
 import json
 
@@ -53,3 +53,28 @@ def test_texts_that_are_not_the_object_they_should_be(tmp_path, name, value, exp
     assert expected in text
     source = sources.load(path, "train", on_bad_row="skip")
     assert (len(source), source.skipped, source.first_fault) == (1, 1, text)
+
+
+@pytest.mark.parametrize("name", ["data_source", "images", "prompt", "reward_model"])
+def test_missing_columns(tmp_path, name):
+    cells = row()
+    del cells[name]
+    text = error_of(write_plain(tmp_path / "a.parquet", cells))
+    assert f"column {name}" in text
+    assert "is missing (found:" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("data_source", 3, "column data_source is int64, expected string"),
+        ("prompt", "How many?", "column prompt is string, expected list of"),
+        ("prompt", [{"role": "user", "text": "x"}], "column prompt is list<"),
+        ("images", png(), "column images is binary, expected list of"),
+        ("images", ["a.png"], "column images is list<"),
+        ("reward_model", "mathverify", "column reward_model.verifier is missing"),
+        ("reward_model__ground_truth", 4, "column reward_model.ground_truth is int64"),
+    ],
+)
+def test_wrong_types(tmp_path, name, value, expected):
+    assert expected in error_of(write_plain(tmp_path / "a.parquet", row(**{name: value})))

@@ -330,31 +330,6 @@ def test_only_bad_rows(tmp_path):
     assert "row 0: the prompt has 1 <image>" in text
 
 
-@pytest.mark.parametrize("name", ["data_source", "images", "prompt", "reward_model"])
-def test_missing_columns(tmp_path, name):
-    cells = row()
-    del cells[name]
-    text = error_of(write_plain(tmp_path / "a.parquet", cells))
-    assert f"column {name}" in text
-    assert "is missing (found:" in text
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
-        ("data_source", 3, "column data_source is int64, expected string"),
-        ("prompt", "How many?", "column prompt is string, expected list of"),
-        ("prompt", [{"role": "user", "text": "x"}], "column prompt is list<"),
-        ("images", png(), "column images is binary, expected list of"),
-        ("images", ["a.png"], "column images is list<"),
-        ("reward_model", "mathverify", "column reward_model.verifier is missing"),
-        ("reward_model__ground_truth", 4, "column reward_model.ground_truth is int64"),
-    ],
-)
-def test_wrong_types(tmp_path, name, value, expected):
-    assert expected in error_of(write_plain(tmp_path / "a.parquet", row(**{name: value})))
-
-
 def test_text_that_is_not_utf8(tmp_path):
     table = pa.Table.from_pylist([row()])
     broken = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
