@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.data.conftest import png
 from tests.data.sources_test import error_of, row, write_plain
 from vtriune_jax.data import sources
 
