@@ -19,7 +19,7 @@ KEYS = {
     "grpo_lr": 1e-4,
     "grpo_minibatches": 2,
     "grpo_refill": 1,
-    "grpo_advantage": "reinforce++",
+    "grpo_advantage": "reinforce++_baseline",
     "data_on_bad_row": "skip",
     "checkpoint_every": 1,
     "log_samples": 2,

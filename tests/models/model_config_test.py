@@ -48,7 +48,6 @@ def test_another_kind_of_model_is_refused(config, kind):
             "output width 33 differs from the text width 32",
         ),
         ("vision_config", {"window_size": 9}, "window_size 9"),
-        ("vision_config", {"fullatt_block_indexes": [4]}, "full-attention layers (4,)"),
         ("vision_config", {"num_heads": 3}, "vision heads 3"),
         ("text_config", {"hidden_size": "32"}, "text_config: hidden_size='32' is not supported"),
         ("text_config", {"num_attention_heads": 0}, "num_attention_heads=0"),

@@ -40,7 +40,7 @@ def exported(folder: Path, source: Path, model: models.Qwen2_5_VL, scale: float)
     graphdef, params = models.split(model)
     params = jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 1 else leaf, params)
     flat = weights.flatten(params)
-    export.write_folder(folder, source, model.config, flat.__getitem__)
+    export.write_folder(folder, source, model.config, flat.__getitem__, limits={})
     return Served(folder, model.config, graphdef, params)
 
 
