@@ -165,13 +165,13 @@ def test_the_statistics_of_the_rollout_ratio_are_raw():
 
 
 @pytest.mark.parametrize("gap", [1e4, -1e4])
-@pytest.mark.parametrize("sign", [1, 0, -1])
 @pytest.mark.parametrize("name", ["TIS", "V-Triune's script", "GSPO", "GSPO, dual clip", "CISPO"])
-def test_far_apart_models_give_finite_numbers(name, sign, gap):
+def test_far_apart_models_give_finite_numbers(name, gap):
+    signs = np.arange(ROWS)[:, None] % 3 - 1
     far = batch_of(
         reference_logps=LOGPS + gap,
         old_logps=ROLLOUT + gap,
-        advantages=sign * np.abs(ADVANTAGES),
+        advantages=signs * np.abs(ADVANTAGES),
     )
     config = dataclasses.replace(RECIPES[name], kl="k3")
     grad = jax.grad(lambda x: run(config, x, batch=far)["loss"][0].sum())(jnp.asarray(LOGPS))
