@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from vtriune_jax.data import digits
 from vtriune_jax.data.packing import stack_vision
 from vtriune_jax.data.prompts import Prompter
 from vtriune_jax.data.rows import Slots
-from vtriune_jax.data.sources import Source, load
+from vtriune_jax.data.sources import HUB_NAME, Source, load
 from vtriune_jax.data.tokenizer import load_processor
 from vtriune_jax.errors import UserError
 from vtriune_jax.failures import Failures
@@ -239,7 +238,7 @@ def _check_model(path: Path) -> None:
     """UserError, with what was meant perhaps, for what cannot be a checkpoint folder."""
     if not path.is_dir():
         hint = "give the folder of a Qwen2.5-VL checkpoint"
-        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+        if HUB_NAME.fullmatch(str(path)):
             folder = Path("models") / path.name
             hint = (
                 f"names on the hub are not fetched, download it first: hf download {path} "

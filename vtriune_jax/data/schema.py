@@ -76,13 +76,6 @@ _FEATURES: dict[str, Any] = {
     },
     "extra_info": {"id": "string", "image_path": "string", "demonstration": "string"},
 }
-_REQUIRED = (
-    "data_source",
-    "images",
-    "prompt",
-    "reward_model.verifier",
-    "reward_model.ground_truth",
-)
 _REMEDY = "see the data format in README.md"
 
 
@@ -96,27 +89,24 @@ def arrow_schema() -> pa.Schema:
 
 def check_columns(schema: pa.Schema, where: str) -> None:
     """Raise `UserError` when a column is missing or has a type that no row could satisfy."""
-    for path in _REQUIRED:
-        _find(schema, path, where)
-    for path, expected, fits in (
-        ("data_source", "string", _is_string),
-        ("images", "list of {bytes, path} or of binary", _is_images),
-        ("prompt", "list of {role: string, content: string}", _is_prompt),
-        ("reward_model.verifier", "string", _is_string),
-        ("reward_model.ground_truth", "string", _is_string),
+    for path, needed, expected, fits in (
+        ("data_source", True, "string", _is_string),
+        ("images", True, "list of {bytes, path} or of binary", _is_images),
+        ("prompt", True, "list of {role: string, content: string}", _is_prompt),
+        ("reward_model.verifier", True, "string", _is_string),
+        ("reward_model.ground_truth", True, "string", _is_string),
+        ("ability", False, "string", _is_string),
+        ("reward_model.answer", False, "string", _is_string),
+        ("reward_model.verifier_parm", False, "struct or JSON in a string", _is_object),
+        ("extra_info", False, "struct or JSON in a string", _is_object),
+        ("extra_info.demonstration", False, "string", _is_string),
     ):
-        found = _find(schema, path, where)
-        if not fits(found):
-            raise UserError(f"{where}: column {path} is {found}, expected {expected}; {_REMEDY}")
-    for path, expected, fits in (
-        ("ability", "string", _is_string),
-        ("reward_model.answer", "string", _is_string),
-        ("reward_model.verifier_parm", "struct or JSON in a string", _is_object),
-        ("extra_info", "struct or JSON in a string", _is_object),
-        ("extra_info.demonstration", "string", _is_string),
-    ):
-        found = _look(schema, path)
-        if not (found is None or pa.types.is_null(found) or fits(found)):
+        found = _find(schema, path)
+        if found is None and needed:
+            names = ", ".join(schema.names)
+            raise UserError(f"{where}: column {path} is missing (found: {names}); {_REMEDY}")
+        absent = not needed and (found is None or pa.types.is_null(found))
+        if not absent and not fits(found):
             raise UserError(f"{where}: column {path} is {found}, expected {expected}; {_REMEDY}")
 
 
@@ -336,14 +326,7 @@ def _arrow_type(kind: Any) -> pa.DataType:
     return {"string": pa.string(), "float32": pa.float32(), "bool": pa.bool_()}[kind]
 
 
-def _find(schema: pa.Schema, path: str, where: str) -> pa.DataType:
-    if (kind := _look(schema, path)) is None:
-        found = ", ".join(schema.names)
-        raise UserError(f"{where}: column {path} is missing (found: {found}); {_REMEDY}")
-    return kind
-
-
-def _look(schema: pa.Schema, path: str) -> pa.DataType | None:
+def _find(schema: pa.Schema, path: str) -> pa.DataType | None:
     kind: Any = pa.struct(list(schema))
     for name in path.split("."):
         if not pa.types.is_struct(kind) or kind.get_field_index(name) < 0:

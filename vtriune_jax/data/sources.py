@@ -33,7 +33,7 @@ Asked = tuple[str, str, Mapping[str, Any]]
 Check = Callable[[Sequence[Asked]], Sequence[str]]
 """What is wrong with each, "" where nothing is."""
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FOLDER: dict[Split, str] = {"train": "train", "heldout": "test"}
 _OTHERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
 _PARQUET: dict[str, Any] = {"row_group_size": 1024, "write_page_checksum": True}
@@ -257,7 +257,7 @@ def _read_saved(source: str, path: Path, split: Split) -> list[tuple[str, pa.Tab
 
 def _may_be_on_hub(source: str, path: Path) -> bool:
     a_file = path.suffix == ".parquet" or _other_format(path) is not None
-    return bool(_HUB_NAME.fullmatch(source)) and not a_file and not path.parent.is_dir()
+    return bool(HUB_NAME.fullmatch(source)) and not a_file and not path.parent.is_dir()
 
 
 def _read_hub(source: str, split: Split) -> list[tuple[str, pa.Table]]:

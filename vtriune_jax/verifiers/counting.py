@@ -14,6 +14,7 @@ from typing import Any
 
 from vtriune_jax.verifiers.answers import (
     final_answer,
+    judging_itself,
     number,
     numbers_in,
     parts,
@@ -22,11 +23,6 @@ from vtriune_jax.verifiers.answers import (
 )
 
 PARAMETERS = ("tolerance",)
-
-
-def check(ground_truth: str, params: Mapping[str, Any]) -> None:
-    """What `verify` would raise for every completion."""
-    verify(f"<answer>{ground_truth}</answer>", ground_truth, params, 1.0)
 
 
 def verify(
@@ -44,3 +40,6 @@ def verify(
         return parts(answer, 0.0)
     error = abs(found[-1] - truth)
     return parts(answer, error <= most) | {"error": error}
+
+
+check = judging_itself(verify)

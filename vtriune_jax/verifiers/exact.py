@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vtriune_jax.verifiers.answers import best, final_answer, normalized, true_answers
+from vtriune_jax.verifiers.answers import (
+    best,
+    final_answer,
+    judging_itself,
+    normalized,
+    true_answers,
+)
 
 PARAMETERS = ("accepted", "case_sensitive")
-
-
-def check(ground_truth: str, params: Mapping[str, Any]) -> None:
-    """What `verify` would raise for every completion."""
-    verify(f"<answer>{ground_truth}</answer>", ground_truth, params, 1.0)
 
 
 def verify(
@@ -29,3 +30,6 @@ def verify(
     read = str.strip if params.get("case_sensitive") else normalized
     truths = true_answers(ground_truth, params)
     return best(final_answer(completion), truths, lambda a, b: float(read(a) == read(b)))
+
+
+check = judging_itself(verify)

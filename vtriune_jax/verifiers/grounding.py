@@ -21,7 +21,7 @@ import numpy as np
 
 from vtriune_jax.rewards.boxes import contains, pairwise_iou
 from vtriune_jax.rewards.detection import AVERAGED
-from vtriune_jax.verifiers.answers import LONGEST
+from vtriune_jax.verifiers.answers import LONGEST, judging_itself
 from vtriune_jax.verifiers.detection import scale_to_grid, threshold
 from vtriune_jax.verifiers.parsing import (
     LabelledBox,
@@ -36,11 +36,6 @@ _BARE = re.compile(r"[\s\[\](),.0-9eE+-]*")
 
 
 PARAMETERS = ("det_verifier_normalized", "iou_threshold", "point")
-
-
-def check(ground_truth: str, params: Mapping[str, Any]) -> None:
-    """What `verify` would raise for every completion."""
-    verify(f"<answer>{ground_truth}</answer>", ground_truth, params, 1.0)
 
 
 def verify(
@@ -74,6 +69,9 @@ def verify(
         "iou": iou,
         "iou_50": iou if iou >= 0.5 else 0.0,
     }
+
+
+check = judging_itself(verify)
 
 
 def _read(text: str, wanted: str) -> LabelledBox | None:

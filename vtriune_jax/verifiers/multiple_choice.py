@@ -13,7 +13,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vtriune_jax.verifiers.answers import final_answer, normalized, parts, true_answers
+from vtriune_jax.verifiers.answers import (
+    final_answer,
+    judging_itself,
+    normalized,
+    parts,
+    true_answers,
+)
 
 _LETTERS = re.compile(r"\W*([a-z]\)?(?>(?:(?:\s*[,;&/]\s*|\s+and\s+|\s+)\(?[a-z]\)?)*))\W*", re.I)
 _LEADING = re.compile(r"\W*([a-z])\s*[.):](?:\s|$)", re.I)
@@ -21,11 +27,6 @@ _STATED = re.compile(r"\b(?:answer|option|choice)(?:\s+is|\s*:)?\s*\W{0,3}([a-z]
 
 
 PARAMETERS = ("choices",)
-
-
-def check(ground_truth: str, params: Mapping[str, Any]) -> None:
-    """What `verify` would raise for every completion."""
-    verify(f"<answer>{ground_truth}</answer>", ground_truth, params, 1.0)
 
 
 def verify(
@@ -39,6 +40,9 @@ def verify(
         raise ValueError(f"the ground truth {text!r} names no option")
     answer = final_answer(completion)
     return parts(answer, answer is not None and chosen(answer, choices) == truth)
+
+
+check = judging_itself(verify)
 
 
 def chosen(text: str, choices: Sequence[str] = ()) -> frozenset[str]:

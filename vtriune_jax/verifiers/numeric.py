@@ -17,6 +17,7 @@ from typing import Any
 from vtriune_jax.verifiers.answers import (
     best,
     final_answer,
+    judging_itself,
     normalized,
     number,
     tolerance,
@@ -24,11 +25,6 @@ from vtriune_jax.verifiers.answers import (
 )
 
 PARAMETERS = ("accepted", "tolerance")
-
-
-def check(ground_truth: str, params: Mapping[str, Any]) -> None:
-    """What `verify` would raise for every completion."""
-    verify(f"<answer>{ground_truth}</answer>", ground_truth, params, 1.0)
 
 
 def verify(
@@ -44,3 +40,6 @@ def verify(
         return float(abs(given - expected) <= most * abs(expected))
 
     return best(final_answer(completion), true_answers(ground_truth, params), close)
+
+
+check = judging_itself(verify)

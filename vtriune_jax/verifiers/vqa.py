@@ -17,6 +17,7 @@ from typing import Any
 from vtriune_jax.verifiers.answers import (
     NUMBER_WORDS,
     final_answer,
+    judging_itself,
     normalized,
     parts,
     true_answers,
@@ -31,11 +32,6 @@ _PUNCTUATION = re.compile(r"[^\w\s.,:]|[.,:](?![0-9])|(?<![0-9])[.,:]")
 PARAMETERS = ("answers",)
 
 
-def check(ground_truth: str, params: Mapping[str, Any]) -> None:
-    """What `verify` would raise for every completion."""
-    verify(f"<answer>{ground_truth}</answer>", ground_truth, params, 1.0)
-
-
 def verify(
     completion: str, ground_truth: str, params: Mapping[str, Any], progress: float
 ) -> dict[str, float]:
@@ -44,6 +40,9 @@ def verify(
     answer = final_answer(completion)
     agreeing = 0 if answer is None else said.count(plain(answer))
     return parts(answer, min(agreeing / min(_AGREEING, len(said)), 1.0))
+
+
+check = judging_itself(verify)
 
 
 def plain(text: str) -> str:
