@@ -221,13 +221,6 @@ def layout(state: TrainState) -> dict[str, str]:
     }
 
 
-def saved_steps(directory: Path) -> list[int]:
-    """The steps that are complete in a directory, which may be missing or in use by a run."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
-
-
 def read_params(
     directory: Path,
     step: int,

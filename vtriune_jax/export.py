@@ -32,11 +32,12 @@ from absl import flags
 from jax.sharding import NamedSharding
 
 from vtriune_jax import sharding
-from vtriune_jax.checkpoint import read_params, saved_steps
+from vtriune_jax.checkpoint import read_params
 from vtriune_jax.commands import fill
 from vtriune_jax.config import STARTED_IN
 from vtriune_jax.errors import UserError
 from vtriune_jax.models import ModelConfig, abstract, lora, pretrained, weights
+from vtriune_jax.workdir import is_of_a_run, saved_steps
 
 PROCESSOR_FILES = (
     "added_tokens.json",
@@ -232,7 +233,7 @@ def _run_config(workdir: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise UserError(f"{file} is not JSON ({error}); copy it again") from None
-    if not (isinstance(found, dict) and "stages" in found and "path" in found.get("model", {})):
+    if not is_of_a_run(found):
         raise UserError(f"{file} is not of a run; --checkpoint takes the --workdir of a run")
     return found
 

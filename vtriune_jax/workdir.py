@@ -58,7 +58,7 @@ def settle(config: Any, workdir: Path) -> None:
             "choose a new --workdir, or the old settings to resume it"
         )
     last = config.stages[-1]
-    steps, done = config[last].steps, max(_steps(workdir / "checkpoints" / last), default=0)
+    steps, done = config[last].steps, max(saved_steps(workdir / "checkpoints" / last), default=0)
     if steps < done:
         raise UserError(
             f"{last}.steps={steps}, but the run in {workdir} has trained {done} steps already: "
@@ -82,6 +82,20 @@ def begun(workdir: Path) -> bool:
     checkpoints = workdir.glob("checkpoints/*/*")
     return (metrics.is_file() and metrics.stat().st_size > 0) or any(
         re.fullmatch(r"\d+|unreadable-.*", path.name) for path in checkpoints
+    )
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """The steps that are complete in a directory, which may be missing or in use by a run."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def is_of_a_run(settings: Any) -> bool:
+    """Whether they are what `record` writes, and not the `config.json` of a model, say."""
+    return (
+        isinstance(settings, dict) and "stages" in settings and "path" in settings.get("model", {})
     )
 
 
@@ -122,7 +136,7 @@ def _recorded(workdir: Path) -> dict[str, Any]:
         found = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} is not JSON ({error}); choose another --workdir") from None
-    if not (isinstance(found, dict) and "stages" in found and "path" in found.get("model", {})):
+    if not is_of_a_run(found):
         raise UserError(f"{file} is not of a run, but of a model perhaps: choose another --workdir")
     return flatten(found)
 
@@ -144,10 +158,6 @@ def _forget(workdir: Path, changed: Collection[str], ours: bool) -> None:
     (workdir / "heldout_before.json").unlink(missing_ok=True)
     if ours and any(re.fullmatch(r"seed|model\.tiny\..*", key) for key in changed):
         shutil.rmtree(workdir / "model", ignore_errors=True)
-
-
-def _steps(folder: Path) -> list[int]:
-    return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
 
 
 @contextmanager
